@@ -1,0 +1,168 @@
+package netstack
+
+import (
+	"context"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/slipway-net/slipway/internal/flow"
+)
+
+// Theory of operation.
+//
+// While a target is being dialled the guest's SYN is held: nothing is answered. The
+// guest repeats it, after 1 s, 2 s, 4 s ... (RFC 6298), Linux since 6.5 also four
+// times at 1 s first. A guest that closed its socket sends nothing at all, so its
+// silence is the only sign: when the repetition did not come within twice the
+// longest gap it may have chosen, and at least 3 s, the dial is cancelled.
+//
+// Held SYNs are bounded, and no guest address may use more than two thirds, so that
+// one container that scans a black hole leaves room for the others. A SYN beyond the
+// bounds is dropped and counted; the guest will repeat it.
+
+const (
+	firstRetry  = time.Second     // RFC 6298 section 2: the initial retransmission timeout
+	gaveUpFloor = 3 * time.Second // never call a guest gone sooner than this
+	sweepEvery  = 500 * time.Millisecond
+)
+
+// dial is one held SYN.
+type dial struct {
+	tuple  flow.Tuple
+	syn    [8]byte // ports and sequence number, to quote in an ICMP error
+	rest   []byte  // what followed in the TCP header
+	ctx    context.Context
+	cancel context.CancelFunc
+
+	seen time.Time     // the last SYN
+	gap  time.Duration // the longest time between two of them so far
+	gone bool          // cancelled because the guest gave up
+}
+
+// overdue reports whether the guest should have repeated its SYN long ago.
+func (d *dial) overdue(now time.Time) bool {
+	next := max(firstRetry, 2*d.gap)
+	return now.Sub(d.seen) > max(gaveUpFloor, 2*next)
+}
+
+// dials is the set of held SYNs.
+type dials struct {
+	max, maxPerGuest int
+
+	mu     sync.Mutex // guards the fields below
+	byFlow map[flow.Tuple]*dial
+	guests map[netip.Addr]int
+	closed bool
+}
+
+func (ds *dials) init(most int) {
+	ds.max, ds.maxPerGuest = most, max(1, most*2/3)
+	ds.byFlow = make(map[flow.Tuple]*dial)
+	ds.guests = make(map[netip.Addr]int)
+}
+
+// verdicts of begin.
+type admission int
+
+const (
+	admitted   admission = iota // go on and dial
+	repeated                    // this SYN is held already
+	overDials                   // too many of all guests
+	overGuest                   // too many of this one
+	closedDown                  // we are about to end
+)
+
+// begin holds a SYN. When it is admitted, admit has been called with the lock held.
+func (ds *dials) begin(parent context.Context, t flow.Tuple, tcpHeader []byte, now time.Time, admit func()) admission {
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	if d := ds.byFlow[t]; d != nil {
+		d.gap = max(d.gap, now.Sub(d.seen))
+		d.seen = now
+		return repeated
+	}
+	guest := t.Guest.Addr()
+	switch {
+	case ds.closed:
+		return closedDown
+	case len(ds.byFlow) >= ds.max:
+		return overDials
+	case ds.guests[guest] >= ds.maxPerGuest:
+		return overGuest
+	}
+	d := &dial{tuple: t, syn: quote8(tcpHeader), seen: now}
+	if len(tcpHeader) > len(d.syn) {
+		d.rest = append(d.rest, tcpHeader[len(d.syn):]...)
+	}
+	d.ctx, d.cancel = context.WithCancel(parent)
+	ds.byFlow[t] = d
+	ds.guests[guest]++
+	admit()
+	return admitted
+}
+
+// get returns the held SYN of t, which must have been admitted.
+func (ds *dials) get(t flow.Tuple) *dial {
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	return ds.byFlow[t]
+}
+
+// end lets go of t's SYN.
+func (ds *dials) end(t flow.Tuple) {
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	d := ds.byFlow[t]
+	if d == nil {
+		return
+	}
+	d.cancel()
+	delete(ds.byFlow, t)
+	guest := t.Guest.Addr()
+	if ds.guests[guest]--; ds.guests[guest] == 0 {
+		delete(ds.guests, guest)
+	}
+}
+
+func (ds *dials) len() int {
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	return len(ds.byFlow)
+}
+
+// close refuses every further SYN and cancels the dials in flight.
+func (ds *dials) close() {
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	ds.closed = true
+	for _, d := range ds.byFlow {
+		d.cancel()
+	}
+}
+
+// sweepLoop cancels the dials of guests that gave up, until ctx ends.
+func (ds *dials) sweepLoop(ctx context.Context, gaveUp func()) {
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-tick.C:
+			ds.sweep(now, gaveUp)
+		}
+	}
+}
+
+func (ds *dials) sweep(now time.Time, gaveUp func()) {
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	for _, d := range ds.byFlow {
+		if !d.gone && d.overdue(now) {
+			d.gone = true
+			d.cancel()
+			gaveUp()
+		}
+	}
+}
