@@ -1,0 +1,160 @@
+// Package forward replays a guest's flows through ordinary host sockets: it decides
+// what may be dialled, dials it, and carries the bytes until both sides have ended.
+// It knows nothing of how packets reach the guest.
+//
+// New, then give the Forwarder to a stack; Close ends every flow.
+package forward
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/slipway-net/slipway/internal/flow"
+	"github.com/slipway-net/slipway/internal/flow/table"
+)
+
+// Config is what a Forwarder is made of.
+type Config struct {
+	Guest  flow.Guest   // where datagrams, echo replies and errors go
+	Table  *table.Table // every flow has an entry here while it lives
+	Policy *Policy      // what may be dialled
+	Log    *slog.Logger // nil discards
+
+	// MaxUDP bounds the UDP mappings; zero means 16384.
+	MaxUDP int
+}
+
+// Forwarder carries one guest's flows.
+type Forwarder struct {
+	table  *table.Table
+	policy *Policy
+	log    *slog.Logger
+	pool   flow.BufPool
+	udp    *udpMaps
+	pings  *pings
+	stats  tcpCounters
+
+	mu     sync.Mutex // guards the fields below
+	closed bool
+	relays map[*relay]struct{}
+	idle   sync.Cond // relays is empty
+}
+
+// tcpCounters count what became of TCP connections.
+type tcpCounters struct {
+	connected, refused, unreachable, timedOut, denied, cancelled, failed atomic.Uint64
+}
+
+// New makes a Forwarder. The caller closes it.
+func New(cfg Config) *Forwarder {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	log := cfg.Log.With(slog.String("component", "forward"))
+	f := &Forwarder{table: cfg.Table, policy: cfg.Policy, log: log, relays: make(map[*relay]struct{})}
+	f.idle.L = &f.mu
+	f.udp = newUDPMaps(udpConfig{Guest: cfg.Guest, Table: cfg.Table, Policy: cfg.Policy, Log: log, Max: cfg.MaxUDP})
+	f.pings = newPings(pingConfig{Guest: cfg.Guest, Table: cfg.Table, Policy: cfg.Policy, Log: log})
+	return f
+}
+
+// Decide dials t's target and says what the guest is to be answered. It blocks as
+// long as connect(2) does, and no longer than ctx.
+func (f *Forwarder) Decide(ctx context.Context, t flow.Tuple) flow.Verdict {
+	dials, decision, err := f.policy.Route(t)
+	if err != nil {
+		f.stats.denied.Add(1)
+		return deniedVerdict(err)
+	}
+	fl := &flow.Flow{Tuple: t, Decided: decision, Path: flow.Netstack, Dialled: dials[0], Started: time.Now()}
+	f.table.Open(fl)
+	conn, err := dialAny(ctx, dials)
+	if err != nil {
+		fl.SetState(flow.Closed)
+		f.table.Close(fl)
+		return f.failed(ctx, t, err)
+	}
+	f.stats.connected.Add(1)
+	fl.SetState(flow.Open)
+	return flow.Verdict{Answer: flow.Connect, Host: conn, Flow: fl}
+}
+
+// deniedVerdict is the answer to a target that policy refuses.
+func deniedVerdict(err error) flow.Verdict {
+	var denied *DeniedError
+	if errors.As(err, &denied) {
+		return denied.Verdict()
+	}
+	return flow.Verdict{Answer: flow.Reset}
+}
+
+// dialAny tries addrs in order until one answers; it returns the last error.
+func dialAny(ctx context.Context, addrs []netip.AddrPort) (conn flow.Conn, err error) {
+	for _, a := range addrs {
+		if conn, err = dialTCP(ctx, a); err == nil {
+			return conn, nil
+		}
+	}
+	return nil, err
+}
+
+// failed turns a dial's error into an answer, and counts it.
+func (f *Forwarder) failed(ctx context.Context, t flow.Tuple, err error) flow.Verdict {
+	if ctx.Err() != nil {
+		f.stats.cancelled.Add(1)
+		return flow.Verdict{Answer: flow.Silence}
+	}
+	var de *DialError
+	if !errors.As(err, &de) {
+		de = &DialError{Err: err}
+	}
+	v := de.verdict(t.Target.Addr().Is4())
+	switch v.Answer {
+	case flow.Reset:
+		f.stats.refused.Add(1)
+	case flow.Unreachable:
+		f.stats.unreachable.Add(1)
+	default:
+		if de.Timeout() {
+			f.stats.timedOut.Add(1)
+			break
+		}
+		f.stats.failed.Add(1)
+		f.log.Warn("dial failed for want of something on the host", slog.Any("flow", t), slog.Any("err", err))
+	}
+	return v
+}
+
+// Discard takes back a connecting Verdict whose guest has gone.
+func (f *Forwarder) Discard(v flow.Verdict) {
+	v.Host.Abort()
+	v.Flow.SetState(flow.Closed)
+	f.table.Close(v.Flow)
+}
+
+// Datagram carries a guest's UDP datagram. It does not block.
+func (f *Forwarder) Datagram(d flow.Datagram) { f.udp.Datagram(d) }
+
+// Echo carries a guest's echo request. It does not block.
+func (f *Forwarder) Echo(e flow.Echo) { f.pings.Echo(e) }
+
+// Close resets every connection, ends every mapping, and waits until the last is
+// gone. Further flows are refused.
+func (f *Forwarder) Close() {
+	f.mu.Lock()
+	f.closed = true
+	for r := range f.relays {
+		r.abort()
+	}
+	for len(f.relays) > 0 {
+		f.idle.Wait()
+	}
+	f.mu.Unlock()
+	f.udp.close()
+	f.pings.close()
+}

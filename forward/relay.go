@@ -1,0 +1,106 @@
+package forward
+
+import (
+	"context"
+	"errors"
+	"io"
+	"sync"
+
+	"github.com/slipway-net/slipway/internal/flow"
+)
+
+// Theory of operation.
+//
+// A relay joins the guest's connection with the host socket that was dialled for
+// it. Each direction is a loop: wait until there is something to read, take a buffer
+// from the pool, read, write, give the buffer back. An idle flow holds no buffer.
+// There is no queue between the two sides: who writes faster than the other side
+// reads is held back by its own window, and a flow never holds more than a buffer a
+// direction beside what the two TCPs hold.
+//
+// A FIN is passed on as a half close and ends that direction only (RFC 9293 section
+// 3.6); the other may go on for as long as it likes. A reset, or any other error,
+// ends both directions with a reset of both sides: a guest must not see an orderly
+// end of something that was cut off. When both directions have ended in order both
+// sides are closed.
+//
+// Counters are kept here, in the flow's entry, and not by wrapping connections.
+
+// relay is one running pair.
+type relay struct {
+	guest, host flow.Conn
+	flow        *flow.Flow
+}
+
+// abort resets both sides and so ends both directions.
+func (r *relay) abort() {
+	r.guest.Abort()
+	r.host.Abort()
+}
+
+// Relay joins guest with v.Host until both have ended, or ctx does, and closes both.
+func (f *Forwarder) Relay(ctx context.Context, guest flow.Conn, v flow.Verdict) {
+	r := &relay{guest: guest, host: v.Host, flow: v.Flow}
+	defer f.table.Close(r.flow)
+	defer r.flow.SetState(flow.Closed)
+	if !f.begin(r) {
+		r.abort()
+		return
+	}
+	defer f.end(r)
+	defer context.AfterFunc(ctx, r.abort)()
+
+	var back sync.WaitGroup
+	back.Go(func() { r.pump(r.guest, r.host, &r.flow.ToGuest, &f.pool) })
+	r.pump(r.host, r.guest, &r.flow.ToHost, &f.pool)
+	back.Wait()
+	r.guest.Close()
+	r.host.Close()
+}
+
+// begin and end keep the set of running relays, for Close.
+func (f *Forwarder) begin(r *relay) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return false
+	}
+	f.relays[r] = struct{}{}
+	return true
+}
+
+func (f *Forwarder) end(r *relay) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.relays, r)
+	if len(f.relays) == 0 {
+		f.idle.Broadcast()
+	}
+}
+
+// pump carries one direction to its end.
+func (r *relay) pump(dst, src flow.Conn, count *flow.Counter, pool *flow.BufPool) {
+	for {
+		buf, err := src.ReadBuf(pool)
+		if errors.Is(err, io.EOF) {
+			r.flow.SetState(flow.HalfOpen)
+			if dst.CloseWrite() != nil {
+				r.abort() // the other side was reset meanwhile
+			}
+			return
+		}
+		if err != nil {
+			r.abort()
+			return
+		}
+		n, err := dst.Write(buf.Bytes)
+		pool.Put(buf)
+		if n > 0 {
+			count.Add(n)
+		}
+		if err != nil {
+			r.abort()
+			return
+		}
+	}
+}
