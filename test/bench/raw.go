@@ -1,0 +1,126 @@
+//go:build linux
+
+package main
+
+import (
+	"fmt"
+	"net/netip"
+	"runtime"
+	"runtime/debug"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// The load tools call the kernel directly and block in the call: Go's scheduler
+// and netpoller would add several microseconds to each step, for every driver
+// alike, and so press all ratios towards one.
+
+// rawMode prepares the calling goroutine for raw blocking calls: its thread is
+// its own, nothing collects garbage (a collection would wait for the blocked
+// thread), and other goroutines keep threads to run on.
+func rawMode() {
+	runtime.GOMAXPROCS(max(4, runtime.NumCPU()))
+	debug.SetGCPercent(-1)
+	runtime.LockOSThread()
+}
+
+// sockaddr4 is a struct sockaddr_in in network byte order.
+func sockaddr4(a netip.AddrPort) unix.RawSockaddrInet4 {
+	port := a.Port()
+	return unix.RawSockaddrInet4{
+		Family: unix.AF_INET,
+		Port:   port<<8 | port>>8, // the machines this runs on are little endian; checked in a test
+		Addr:   a.Addr().As4(),
+	}
+}
+
+// rawSocket makes an IPv4 socket; typ may carry SOCK_NONBLOCK.
+func rawSocket(typ int) (int, error) {
+	fd, _, e := unix.RawSyscall(unix.SYS_SOCKET, unix.AF_INET, uintptr(typ|unix.SOCK_CLOEXEC), 0)
+	if e != 0 {
+		return -1, fmt.Errorf("socket: %w", e)
+	}
+	return int(fd), nil
+}
+
+// rawConnect is connect(2), tried again when a signal interrupts it.
+func rawConnect(fd int, sa *unix.RawSockaddrInet4) error {
+	for {
+		_, _, e := unix.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(sa)), unix.SizeofSockaddrInet4)
+		switch e {
+		case 0, unix.EISCONN:
+			return nil
+		case unix.EINTR:
+		default:
+			return e
+		}
+	}
+}
+
+// rawSend is send(2) without flags but MSG_NOSIGNAL.
+func rawSend(fd int, b []byte) (int, error) {
+	for {
+		n, _, e := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), unix.MSG_NOSIGNAL, 0, 0)
+		if e == 0 {
+			return int(n), nil
+		}
+		if e != unix.EINTR {
+			return -1, e
+		}
+	}
+}
+
+// rawRecv is recv(2); 0 bytes on a stream means that the peer closed it.
+func rawRecv(fd int, b []byte, flags int) (int, error) {
+	for {
+		n, _, e := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), uintptr(flags), 0, 0)
+		if e == 0 {
+			return int(n), nil
+		}
+		if e != unix.EINTR {
+			return -1, e
+		}
+	}
+}
+
+// rawShutdown sends FIN.
+func rawShutdown(fd int) { unix.RawSyscall(unix.SYS_SHUTDOWN, uintptr(fd), unix.SHUT_WR, 0) }
+
+// rawClose closes fd.
+func rawClose(fd int) { unix.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) }
+
+// poller is a level triggered epoll instance, edge triggered where asked.
+type poller struct {
+	fd     int
+	events [256]unix.EpollEvent
+}
+
+// newPoller makes an empty poller.
+func newPoller() (*poller, error) {
+	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("epoll_create1: %w", err)
+	}
+	return &poller{fd: fd}, nil
+}
+
+// add watches fd for events; token comes back with them.
+func (p *poller) add(fd int, events uint32, token int32) error {
+	ev := unix.EpollEvent{Events: events, Fd: token}
+	_, _, e := unix.RawSyscall6(unix.SYS_EPOLL_CTL, uintptr(p.fd), unix.EPOLL_CTL_ADD, uintptr(fd), uintptr(unsafe.Pointer(&ev)), 0, 0)
+	if e != 0 {
+		return fmt.Errorf("epoll_ctl: %w", e)
+	}
+	return nil
+}
+
+// wait blocks for at most ms milliseconds (-1: for ever) and returns the events,
+// which stay valid until the next call.
+func (p *poller) wait(ms int) []unix.EpollEvent {
+	n, _, e := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.fd), uintptr(unsafe.Pointer(&p.events[0])), uintptr(len(p.events)), uintptr(ms), 0, 0)
+	if e != 0 {
+		return nil // EINTR: the caller asks again
+	}
+	return p.events[:n]
+}
