@@ -9,6 +9,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
@@ -94,20 +95,22 @@ func (r *reader) ipv4() {
 		r.s.stats.malformed.Add(1)
 		return
 	}
+	if !h.IsChecksumValid() {
+		r.s.stats.badChecksum.Add(1)
+		return
+	}
 	src := netip.AddrFrom4([4]byte(r.head[12:16]))
 	dst := netip.AddrFrom4([4]byte(r.head[16:20]))
 	if !r.s.plausible(src, dst) {
 		return
 	}
 	whole := h.Flags()&header.IPv4FlagMoreFragments == 0 && h.FragmentOffset() == 0
-	if whole && dst != r.s.cfg.Gateway4 {
-		ip := ipInfo{
-			src: src, dst: dst, hops: h.TTL(), tos: r.head[1],
-			df: h.Flags()&header.IPv4FlagDontFragment != 0,
-		}
-		if r.fast(h.Protocol(), hl, &ip) {
-			return
-		}
+	ip := ipInfo{
+		src: src, dst: dst, hops: h.TTL(), tos: r.head[1],
+		df: h.Flags()&header.IPv4FlagDontFragment != 0,
+	}
+	if whole && !r.slow(h.Protocol(), hl, &ip, dst == r.s.cfg.Gateway4) {
+		return
 	}
 	r.toStack(header.IPv4ProtocolNumber)
 }
@@ -123,12 +126,10 @@ func (r *reader) ipv6() {
 	if !r.s.plausible(src, dst) {
 		return
 	}
-	if dst != r.s.cfg.Gateway6 {
-		tos, _ := h.TOS()
-		ip := ipInfo{src: src, dst: dst, hops: h.HopLimit(), tos: tos, df: true}
-		if r.fast(h.NextHeader(), header.IPv6MinimumSize, &ip) {
-			return
-		}
+	tos, _ := h.TOS()
+	ip := ipInfo{src: src, dst: dst, hops: h.HopLimit(), tos: tos, df: true}
+	if !r.slow(h.NextHeader(), header.IPv6MinimumSize, &ip, dst == r.s.cfg.Gateway6) {
+		return
 	}
 	r.toStack(header.IPv6ProtocolNumber)
 }
@@ -141,23 +142,41 @@ type ipInfo struct {
 	df       bool
 }
 
-// fast handles what gVisor need not see; it reports whether it did.
-func (r *reader) fast(proto uint8, hl int, ip *ipInfo) bool {
-	switch tcpip.TransportProtocolNumber(proto) {
-	case header.UDPProtocolNumber:
+// slow handles what gVisor need not see and drops what it must not; it reports
+// whether the packet is gVisor's. toGateway tells that it is for ourselves. gVisor
+// checks no TCP or UDP checksums: it asks the link once and for all, and most packets
+// carry none that is worth checking.
+func (r *reader) slow(proto uint8, hl int, ip *ipInfo, toGateway bool) bool {
+	switch p := tcpip.TransportProtocolNumber(proto); {
+	case p == header.TCPProtocolNumber:
+		return r.checked(r.verified() || tcpChecksumOK(ip, r.payload(hl)))
+	case p == header.UDPProtocolNumber && toGateway:
+		return r.checked(r.verified() || r.n < hl+header.UDPMinimumSize || udpChecksumOK(ip, r.payload(hl)))
+	case toGateway:
+		return true
+	case p == header.UDPProtocolNumber:
 		r.s.udpFromGuest(ip, r.payload(hl), r.verified(), int(r.segment()))
-	case header.ICMPv4ProtocolNumber:
-		if ip.src.Is4() {
-			r.s.icmp4FromGuest(ip, r.payload(hl))
-		}
-	case header.ICMPv6ProtocolNumber:
-		if ip.src.Is6() {
-			r.s.icmp6FromGuest(ip, r.payload(hl))
-		}
-	default:
+		return false
+	case p == header.ICMPv4ProtocolNumber && ip.src.Is4():
+		r.s.icmp4FromGuest(ip, r.payload(hl))
+		return false
+	case p == header.ICMPv6ProtocolNumber && ip.src.Is6():
+		r.s.icmp6FromGuest(ip, r.payload(hl))
 		return false
 	}
 	return true
+}
+
+// checked counts a wrong checksum and returns ok.
+func (r *reader) checked(ok bool) bool {
+	if !ok {
+		r.s.stats.badChecksum.Add(1)
+	}
+	return ok
+}
+
+func tcpChecksumOK(ip *ipInfo, b []byte) bool {
+	return checksum.Checksum(b, pseudo(ip.src, ip.dst, header.TCPProtocolNumber, len(b))) == 0xffff
 }
 
 // verified reports whether the guest's kernel vouches for the transport checksum:
@@ -205,7 +224,6 @@ var broadcast4 = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 // toStack gives the packet to gVisor.
 func (r *reader) toStack(proto tcpip.NetworkProtocolNumber) {
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: r.buffer()})
-	pkt.RXChecksumValidated = r.verified()
 	r.s.ep.deliver(proto, pkt)
 }
 

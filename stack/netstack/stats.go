@@ -46,7 +46,7 @@ type Stats struct {
 type Drops struct {
 	Martian     uint64 `json:"martian"`      // a source or destination that may not appear on a wire
 	Malformed   uint64 `json:"malformed"`    // no IP packet, or shorter than it says
-	BadChecksum uint64 `json:"bad_checksum"` // datagrams and echo requests; gVisor's are in Invalid
+	BadChecksum uint64 `json:"bad_checksum"` // of an IPv4 header, a segment, a datagram or an echo request
 	Ignored     uint64 `json:"ignored"`      // multicast, broadcast and protocols that are not carried
 	Invalid     uint64 `json:"invalid"`      // found wrong by gVisor: headers, fragments, segments
 	WriteErrors uint64 `json:"write_errors"` // the device refused a packet

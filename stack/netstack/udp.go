@@ -37,7 +37,7 @@ func (s *Stack) udpHandler(id stack.TransportEndpointID, pkt *stack.PacketBuffer
 	v := pkt.Data().AsRange().ToView()
 	defer v.Release()
 	b := append(append(make([]byte, 0, header.UDPMinimumSize+v.Size()), pkt.TransportHeader().Slice()...), v.AsSlice()...)
-	s.udpFromGuest(&ip, b, pkt.RXChecksumValidated, 0)
+	s.udpFromGuest(&ip, b, false, 0)
 	return true
 }
 

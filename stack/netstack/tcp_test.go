@@ -1,0 +1,245 @@
+package netstack
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"sync"
+	"testing"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"github.com/slipway-net/slipway/internal/flow"
+	"github.com/slipway-net/slipway/stack/link"
+)
+
+// guestStack is a second gVisor stack at the guest's end of the link: a guest whose
+// TCP is not our own code.
+func guestStack(b *bench) *stack.Stack {
+	b.t.Helper()
+	ep := newEndpoint(b.guest, new(counters))
+	g := stack.New(stack.Options{
+		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
+		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol},
+	})
+	if terr := g.CreateNIC(nicID, ep); terr != nil {
+		b.t.Fatal(terr)
+	}
+	for _, a := range []netip.Addr{guest4, guest6} {
+		g.AddProtocolAddress(nicID, tcpip.ProtocolAddress{Protocol: protocolOf(a), AddressWithPrefix: toTCPIP(a).WithPrefix()}, stack.AddressProperties{})
+	}
+	g.SetRouteTable([]tcpip.Route{{Destination: header.IPv4EmptySubnet, NIC: nicID}, {Destination: header.IPv6EmptySubnet, NIC: nicID}})
+	s := &Stack{cfg: Config{Link: b.guest, Gateway4: guest4, Gateway6: guest6}, ep: ep, ip: g}
+	var loops sync.WaitGroup
+	loops.Go(ep.writeLoop)
+	loops.Go(func() { s.readLoop() })
+	b.t.Cleanup(func() {
+		g.Close()
+		ep.closeQueue()
+		b.guest.Close()
+		loops.Wait()
+		g.Destroy()
+	})
+	return g
+}
+
+// hostEnd is a flow.Conn over net.Pipe's like, one TCP connection on loopback.
+type hostEnd struct{ *net.TCPConn }
+
+func (h hostEnd) ReadBuf(p *flow.BufPool) (*flow.Buf, error) {
+	b := p.Get()
+	n, err := h.Read(b.Room())
+	if err != nil {
+		p.Put(b)
+		return nil, err
+	}
+	b.Bytes = b.Room()[:n]
+	return b, nil
+}
+
+func (h hostEnd) Abort() { h.SetLinger(0); h.TCPConn.Close() }
+
+// echoRelay answers every connection with its own bytes.
+func echoRelay(_ context.Context, c flow.Conn, _ flow.Verdict) {
+	defer c.Close()
+	var pool flow.BufPool
+	for {
+		buf, err := c.ReadBuf(&pool)
+		if errors.Is(err, io.EOF) {
+			c.CloseWrite()
+			return
+		}
+		if err != nil {
+			return
+		}
+		if _, err := c.Write(buf.Bytes); err != nil {
+			return
+		}
+		pool.Put(buf)
+	}
+}
+
+func dialGuest(t *testing.T, g *stack.Stack, target netip.AddrPort) (*gonet.TCPConn, error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	return gonet.DialContextTCP(ctx, g, addressOf(target.Addr(), target.Port()), protocolOf(target.Addr()))
+}
+
+func TestTCPEcho(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			b := start(t, 1500)
+			b.fwd.decide = func(_ context.Context, tu flow.Tuple) flow.Verdict {
+				if tu.Target != f.target || tu.Guest.Addr() != f.guest.Addr() || tu.Proto != flow.TCP {
+					t.Errorf("asked about %v", tu)
+				}
+				return flow.Verdict{Answer: flow.Connect}
+			}
+			b.fwd.relay = echoRelay
+			g := guestStack(b)
+			c, err := dialGuest(t, g, f.target)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			want := pattern(3 << 20)
+			go func() {
+				c.Write(want)
+				c.CloseWrite()
+			}()
+			got, err := io.ReadAll(c)
+			if err != nil || !bytes.Equal(got, want) {
+				t.Errorf("got %d bytes, %v", len(got), err)
+			}
+		})
+	}
+}
+
+func TestTCPRefused(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			b := start(t, 1500)
+			b.fwd.decide = func(context.Context, flow.Tuple) flow.Verdict { return flow.Verdict{Answer: flow.Reset} }
+			_, err := dialGuest(t, guestStack(b), f.target)
+			if err == nil || !bytes.Contains([]byte(err.Error()), []byte("refused")) {
+				t.Errorf("dial = %v, want connection refused", err)
+			}
+		})
+	}
+}
+
+// syn is a SYN segment of the guest.
+func syn(src, dst netip.AddrPort, edit ...func(header.IPv4)) []byte {
+	b := make([]byte, header.TCPMinimumSize)
+	h := header.TCP(b)
+	h.Encode(&header.TCPFields{
+		SrcPort: src.Port(), DstPort: dst.Port(), SeqNum: 0x01020304, DataOffset: header.TCPMinimumSize,
+		Flags: header.TCPFlagSyn, WindowSize: 65535,
+	})
+	h.SetChecksum(^h.CalculateChecksum(pseudo(src.Addr(), dst.Addr(), header.TCPProtocolNumber, len(b))))
+	return ipPacket(src.Addr(), dst.Addr(), header.TCPProtocolNumber, b, edit...)
+}
+
+func TestTCPUnreachable(t *testing.T) {
+	b := start(t, 1500)
+	f := families[0]
+	router := netip.MustParseAddr("203.0.113.1")
+	b.fwd.decide = func(context.Context, flow.Tuple) flow.Verdict {
+		return flow.Verdict{Answer: flow.Unreachable, ICMP: flow.ICMP{Type: 3, Code: 10}, From: router}
+	}
+	b.send(link.Header{}, syn(f.guest, f.target))
+	pkt, _ := b.receive()
+	h := header.IPv4(pkt)
+	body := h.Payload()
+	if fromTCPIP(h.SourceAddress()) != router || body[0] != 3 || body[1] != 10 {
+		t.Errorf("from %v, type %d code %d", h.SourceAddress(), body[0], body[1])
+	}
+	if q := header.TCP(body[28:]); q.SequenceNumber() != 0x01020304 || q.SourcePort() != f.guest.Port() || q.DestinationPort() != f.target.Port() {
+		t.Errorf("quoted % x", body[28:])
+	}
+}
+
+func TestTCPTracerouteFirstHop(t *testing.T) {
+	b := start(t, 1500)
+	b.send(link.Header{}, syn(families[0].guest, families[0].target, func(h header.IPv4) { h.SetTTL(1) }))
+	pkt, _ := b.receive()
+	if h := header.IPv4(pkt); fromTCPIP(h.SourceAddress()) != gw4 || h.Payload()[0] != 11 {
+		t.Errorf("got % x", pkt)
+	}
+}
+
+// A guest that goes away after its SYN was answered must give the host socket back.
+func TestTCPGuestGone(t *testing.T) {
+	b := start(t, 1500)
+	f := families[0]
+	b.fwd.decide = func(context.Context, flow.Tuple) flow.Verdict { return flow.Verdict{Answer: flow.Connect} }
+	b.send(link.Header{}, syn(f.guest, f.target))
+	pkt, _ := b.receive()
+	synack := header.TCP(header.IPv4(pkt).Payload())
+	rst := make([]byte, header.TCPMinimumSize)
+	h := header.TCP(rst)
+	h.Encode(&header.TCPFields{
+		SrcPort: f.guest.Port(), DstPort: f.target.Port(), SeqNum: synack.AckNumber(),
+		DataOffset: header.TCPMinimumSize, Flags: header.TCPFlagRst,
+	})
+	h.SetChecksum(^h.CalculateChecksum(pseudo(guest4, target4, header.TCPProtocolNumber, len(rst))))
+	b.send(link.Header{}, ipPacket(guest4, target4, header.TCPProtocolNumber, rst))
+	waitFor(t, "the verdict to be given back", func() bool {
+		b.fwd.mu.Lock()
+		defer b.fwd.mu.Unlock()
+		return b.fwd.discarded == 1
+	})
+	waitFor(t, "the dial to end", func() bool { return b.Stats().Dials == 0 })
+}
+
+// waitFor polls a condition for 5 s.
+func waitFor(t *testing.T, what string, cond func() bool) {
+	t.Helper()
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if cond() {
+			return
+		}
+	}
+	t.Fatalf("waited 5 s for %s", what)
+}
+
+func TestDialLimits(t *testing.T) {
+	ours, theirs := link.NewPipe(1500)
+	s, err := New(Config{Link: ours, Gateway4: gw4, Gateway6: gw6, MaxDials: 6})
+	if err != nil {
+		t.Fatal(err)
+	}
+	fwd := &recorder{decide: func(ctx context.Context, _ flow.Tuple) flow.Verdict {
+		<-ctx.Done()
+		return flow.Verdict{}
+	}}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx, fwd) }()
+	b := &bench{Stack: s, t: t, guest: theirs, fwd: fwd}
+	other := netip.MustParseAddr("192.168.65.9")
+	for port := uint16(1000); port < 1010; port++ {
+		b.send(link.Header{}, syn(netip.AddrPortFrom(guest4, port), families[0].target))
+	}
+	waitFor(t, "the guest's share to be full", func() bool { return s.Stats().Dials == 4 && s.Stats().Drops.GuestLimit == 6 })
+	for port := uint16(1000); port < 1010; port++ {
+		b.send(link.Header{}, syn(netip.AddrPortFrom(other, port), families[0].target))
+	}
+	waitFor(t, "the limit", func() bool { return s.Stats().Dials == 6 && s.Stats().Drops.DialLimit == 8 })
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	theirs.Close()
+}
