@@ -1,0 +1,50 @@
+# Every target, in one line each: make help.
+SHELL       := /bin/bash -o pipefail
+.DEFAULT_GOAL := help
+GO          ?= go
+PREFIX      ?= /usr/local
+DESTDIR     ?=
+VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+BIN         := bin/slipway
+TESTS       ?= ./...
+
+.PHONY: help run test test-long build lint bench install
+.PHONY: $(BIN)
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: build ## build, then a guest in its own network that tries every kind of traffic; a shell in it on a terminal
+	@$(BIN) demo
+
+test: ## install what the tests need (root and apt-get) or say what is missing, then run everything
+	@test/deps.sh
+	@$(GO) test -json -count=1 -timeout 9m $(TESTS) | $(GO) run ./internal/tally
+
+test-long: ## the tests too slow for `make test`, up to an hour
+	@test/deps.sh
+	@$(GO) test -json -count=1 -timeout 55m -tags long -run '^TestLong' $(TESTS) | $(GO) run ./internal/tally
+
+build: $(BIN) ## build bin/slipway
+
+# The go command knows better than make what has changed.
+$(BIN):
+	@CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o $@ ./cmd/slipway
+
+lint: ## gofmt, vet for linux, windows and macOS, staticcheck
+	@files=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$files" ] || { echo "not gofmt-ed: $$files"; exit 1; }
+	@for os in linux windows darwin; do echo "vet $$os"; GOOS=$$os $(GO) vet ./... || exit 1; done
+	@$(GO) vet -tags long ./...
+	@echo staticcheck; $(GO) tool staticcheck ./...
+
+bench: ## measure slipway beside its peers and write docs/benchmarks.md; root, about half an hour
+	@$(GO) run ./test/bench
+
+install: build ## copy the binary, systemd unit and shell completions below PREFIX (/usr/local), DESTDIR in front
+	install -D -m 0755 $(BIN) $(DESTDIR)$(PREFIX)/bin/slipway
+	install -D -m 0644 packaging/slipway@.service $(DESTDIR)$(PREFIX)/lib/systemd/system/slipway@.service
+	sed -i 's|/usr/local/bin/|$(PREFIX)/bin/|' $(DESTDIR)$(PREFIX)/lib/systemd/system/slipway@.service
+	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+	$(BIN) completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/slipway
+	$(BIN) completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_slipway
+	$(BIN) completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/slipway.fish
