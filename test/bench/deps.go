@@ -116,7 +116,9 @@ func provideSlipway(ctx context.Context, binary, to string) error {
 	if binary != "" {
 		return copyFile(binary, to)
 	}
-	out, err := exec.CommandContext(ctx, "go", "build", "-o", to, "./cmd/slipway").CombinedOutput()
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", to, "./cmd/slipway") // as make build
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("go build ./cmd/slipway: %w: %s", err, lastLine(out))
 	}

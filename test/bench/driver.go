@@ -97,11 +97,10 @@ func plain(args []string) *exec.Cmd { return exec.Command(args[0], args[1:]...) 
 // as makes cmd a process of the ordinary user, or leaves it ours when cred is nil.
 func as(cred *syscall.Credential, dir string, cmd *exec.Cmd) *exec.Cmd {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: cred}
-	cmd.Env = loadEnv()
 	if cred != nil {
 		home := userDir(dir)
 		cmd.Dir = home
-		cmd.Env = append(cmd.Env, "HOME="+home, "USER="+benchUser, "LOGNAME="+benchUser, "XDG_RUNTIME_DIR="+filepath.Join(home, "run"), "TMPDIR="+home)
+		cmd.Env = append(os.Environ(), "HOME="+home, "USER="+benchUser, "LOGNAME="+benchUser, "XDG_RUNTIME_DIR="+filepath.Join(home, "run"), "TMPDIR="+home)
 	}
 	return cmd
 }

@@ -306,7 +306,7 @@ func splice(page, text string) string {
 	block := pageBegin + "\n\n" + text + "\n" + pageEnd
 	before, rest, ok := strings.Cut(page, pageBegin)
 	if !ok {
-		return strings.TrimSpace("# Benchmarks\n\n"+strings.TrimPrefix(page, "# Benchmarks")) + "\n\n" + block + "\n"
+		return strings.TrimSpace(pick(page == "", "# Benchmarks", page)) + "\n\n" + block + "\n"
 	}
 	_, after, _ := strings.Cut(rest, pageEnd)
 	return before + block + after

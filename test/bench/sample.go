@@ -109,9 +109,6 @@ func (r *runner) obeyed(ctx context.Context, o order, g *guest) (guestReport, ma
 		return report, nil, err
 	}
 	cmd := g.run([]string{filepath.Join(r.dir, "bench"), argGuest, string(arg)})
-	if cmd.Env == nil {
-		cmd.Env = loadEnv()
-	}
 	var errs bytes.Buffer
 	cmd.Stderr = &errs
 	in, err := cmd.StdinPipe()

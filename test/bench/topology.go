@@ -84,7 +84,6 @@ func (t *topology) addGuest() error {
 // startWorld starts the server and waits until it listens.
 func (t *topology) startWorld(ctx context.Context) error {
 	cmd := exec.CommandContext(ctx, filepath.Join(t.dir, "bench"), argWorld)
-	cmd.Env = loadEnv()
 	cmd.Stderr = os.Stderr
 	var err error
 	if t.ask, err = cmd.StdinPipe(); err != nil {
@@ -105,10 +104,6 @@ func (t *topology) startWorld(ctx context.Context) error {
 	}
 	return nil
 }
-
-// loadEnv is the environment of our own load tools: no preemption signals, which
-// would interrupt their blocking calls.
-func loadEnv() []string { return append(os.Environ(), "GODEBUG=asyncpreemptoff=1") }
 
 // report asks the server what it has seen.
 func (t *topology) report() (worldReport, error) {

@@ -1,0 +1,193 @@
+//go:build linux
+
+package main
+
+import (
+	"errors"
+	"math"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestMain lets the test binary be the harness and its children, as the real one.
+func TestMain(m *testing.M) {
+	if os.Getenv("SLIPBENCH_TEST") != "" {
+		main()
+	}
+	os.Exit(m.Run())
+}
+
+// TestHarness runs every load for a moment under the drivers that need nothing but
+// the kernel, and checks that each cell was filled and proven.
+func TestHarness(t *testing.T) {
+	if os.Geteuid() != 0 {
+		missing(t, errors.New("the harness needs root"))
+	}
+	if _, err := exec.LookPath("ip"); err != nil {
+		missing(t, err)
+	}
+	page := filepath.Join(t.TempDir(), "page.md")
+	cmd := exec.Command(os.Args[0], "-quick", "-repeat", "1", "-time", "100ms", "-drivers", "native,routed",
+		"-rows", "crr,rr,udp,start,idle", "-out", page)
+	cmd.Env = append(os.Environ(), "SLIPBENCH_TEST=1")
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	text, err := os.ReadFile(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(string(text), "not measured") || strings.Count(string(text), "\n| ") < 8 {
+		t.Errorf("incomplete page:\n%s\n%s", text, out)
+	}
+}
+
+// missing skips loudly, or fails where nothing may be skipped.
+func missing(t *testing.T, err error) {
+	t.Helper()
+	if os.Getenv("NETNS_TESTS") == "require" {
+		t.Fatalf("network namespaces: %v", err)
+	}
+	t.Skipf("network namespaces: %v", err)
+}
+
+// proven is a sample that nothing speaks against.
+func proven() proof {
+	return proof{
+		hostNS: 1,
+		row:    row{payload: 64},
+		guest:  &guest{source: hostAddr, viaHost: true},
+		report: guestReport{NetNS: 2, Congestion: congestion, Values: map[string]float64{"n": 10}, Devices: map[string]device{"tun": {TxBytes: 1000}}},
+		world:  map[string]device{"host0": {RxBytes: 1000}},
+		seen:   worldReport{Peers: []string{hostAddr.String(), hostAddr.String()}},
+	}
+}
+
+func TestProofRejects(t *testing.T) {
+	tests := []struct {
+		name   string
+		change func(*proof)
+		want   string // part of the error; "" for none
+	}{
+		{"nothing", func(*proof) {}, ""},
+		{"host_namespace", func(p *proof) { p.report.NetNS = 1 }, "host's network namespace"},
+		{"guest_address", func(p *proof) { p.seen.Peers = []string{guestAddr.String()} }, "world saw"},
+		{"two_addresses", func(p *proof) { p.seen.Peers = append(p.seen.Peers, guestAddr.String()) }, "world saw"},
+		{"nobody_seen", func(p *proof) { p.seen.Peers = nil }, "world saw"},
+		{"other_congestion_control", func(p *proof) { p.report.Congestion = "bbr" }, "bbr"},
+		{"no_device", func(p *proof) { p.report.Devices = nil }, "0 devices"},
+		{"second_device", func(p *proof) { p.report.Devices["eth0"] = device{} }, "2 devices"},
+		{"quiet_device", func(p *proof) { p.report.Devices["tun"] = device{TxBytes: 639} }, "639 of 640"},
+		{"quiet_world", func(p *proof) { p.world["host0"] = device{} }, "0 of 640"},
+		{"other_way_round_world", func(p *proof) { p.guest.viaHost = false }, "guest0 counted 0"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p := proven()
+			tt.change(&p)
+			err := p.check()
+			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+				t.Errorf("check() = %v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+func TestMedianAndQuantile(t *testing.T) {
+	for _, tt := range []struct {
+		v    []float64
+		want float64
+	}{{[]float64{3, 1, 2}, 2}, {[]float64{4, 1, 2, 3}, 2.5}, {[]float64{7}, 7}} {
+		if got := median(tt.v); got != tt.want {
+			t.Errorf("median(%v) = %v, want %v", tt.v, got, tt.want)
+		}
+	}
+	if !math.IsNaN(median(nil)) {
+		t.Error("median of nothing is a number")
+	}
+	hundred := make([]int64, 100)
+	for i := range hundred {
+		hundred[i] = int64(i + 1)
+	}
+	if q := quantile(hundred, 0.99); q != 99 {
+		t.Errorf("p99 of 1..100 = %d, want 99", q)
+	}
+}
+
+func TestNames(t *testing.T) {
+	got, err := names("row", "udp,bulk-up", rowNames())
+	if want := []string{"bulk-up", "udp-rr", "udp-16"}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("names = %v, %v, want %v in the order of the table", got, err, want)
+	}
+	if _, err := names("driver", "passta", driverNames()); err == nil {
+		t.Error("an unknown driver was accepted")
+	}
+	if got, _ := names("driver", "pasta", driverNames()); len(got) != 1 {
+		t.Errorf("driver pasta stands for %v, want itself only", got)
+	}
+}
+
+// TestGoalsNameWhatExists keeps the goals from silently never being judged.
+func TestGoalsNameWhatExists(t *testing.T) {
+	for _, g := range goals {
+		i := slices.IndexFunc(rows(false), func(w row) bool { return w.name == g.row })
+		if i < 0 || !slices.ContainsFunc(rows(false)[i].metrics, func(m metric) bool { return m.key == g.key }) {
+			t.Errorf("goal %s/%s: no such row or metric", g.row, g.key)
+		}
+		for _, d := range []string{g.driver, g.against} {
+			if d != "" && !slices.Contains(driverNames(), d) {
+				t.Errorf("goal %s/%s: no driver %s", g.row, g.key, d)
+			}
+		}
+	}
+}
+
+func TestVerdict(t *testing.T) {
+	most, least := goal{}, goal{atLeast: true}
+	for _, tt := range []struct {
+		g    goal
+		v, n float64
+		want string
+	}{{most, 2, 3, "pass"}, {most, 3, 3, "pass"}, {most, 4, 3, "**miss**"}, {least, 4, 3, "pass"}, {least, 2, 3, "**miss**"}, {least, math.NaN(), 3, "**miss**"}, {least, 1, 0, ""}} {
+		if got := verdict(tt.g, tt.v, tt.n, false); got != tt.want {
+			t.Errorf("verdict(%+v, %v, %v) = %q, want %q", tt.g, tt.v, tt.n, got, tt.want)
+		}
+	}
+}
+
+func TestSpliceKeepsProse(t *testing.T) {
+	page := splice("# Benchmarks\n\nprose\n", "one")
+	page = splice(page+"after\n", "two")
+	want := "# Benchmarks\n\nprose\n\n" + pageBegin + "\n\ntwo\n" + pageEnd + "\nafter\n"
+	if page != want {
+		t.Errorf("page = %q, want %q", page, want)
+	}
+}
+
+// TestSockaddr checks the byte order that the raw calls rely on.
+func TestSockaddr(t *testing.T) {
+	fd, err := rawSocket(unix.SOCK_DGRAM)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rawClose(fd)
+	sa := sockaddr4(netip.MustParseAddrPort("127.0.0.1:20001"))
+	if err := rawConnect(fd, &sa); err != nil {
+		t.Fatal(err)
+	}
+	peer, err := unix.Getpeername(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p := peer.(*unix.SockaddrInet4); p.Port != 20001 || p.Addr != [4]byte{127, 0, 0, 1} {
+		t.Errorf("connected to %+v, want 127.0.0.1:20001", p)
+	}
+}
