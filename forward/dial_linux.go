@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -78,22 +77,21 @@ func sockaddr(a netip.AddrPort) unix.Sockaddr {
 	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
 }
 
-// waitConnected waits for the end of a connect in progress.
+// waitConnected waits for the end of a connect in progress. It asks with a second
+// connect(2), which says EALREADY, or how the first one ended (connect(2), "EALREADY").
+// The first question is put before waiting: the event that the first connect caused may
+// have come and gone before the poller was asked to listen.
 func (c *hostConn) waitConnected(ctx context.Context, a netip.AddrPort) error {
 	defer context.AfterFunc(ctx, func() { c.file.SetWriteDeadline(time.Unix(1, 0)) })()
 	var result error
-	waited := false
+	sa := sockaddr(a)
 	err := c.raw.Write(func(fd uintptr) bool {
-		if !waited {
-			waited = true
+		switch err := unix.Connect(int(fd), sa); err {
+		case unix.EALREADY, unix.EINPROGRESS, unix.EINTR:
 			return false
-		}
-		errno, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
-		switch {
-		case err != nil:
-			result = &DialError{Target: a, Err: err}
-		case errno != 0:
-			result = dialError(int(fd), a, syscall.Errno(errno))
+		case nil, unix.EISCONN:
+		default:
+			result = dialError(int(fd), a, err)
 		}
 		return true
 	})
