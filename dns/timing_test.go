@@ -56,16 +56,19 @@ func TestTiming(t *testing.T) {
 		asked   []netip.AddrPort
 		rcode   byte
 		took    time.Duration
+		via     transport
 	}{
-		{"at once", map[netip.AddrPort]time.Duration{a: 0}, []netip.AddrPort{a, b}, []netip.AddrPort{a}, rcodeSuccess, 0},
+		{"at once", map[netip.AddrPort]time.Duration{a: 0}, []netip.AddrPort{a, b}, []netip.AddrPort{a}, rcodeSuccess, 0, overUDP},
 		{"first silent", map[netip.AddrPort]time.Duration{a: never, b: 10 * time.Millisecond}, []netip.AddrPort{a, b},
-			[]netip.AddrPort{a, b}, rcodeSuccess, patience + 10*time.Millisecond},
+			[]netip.AddrPort{a, b}, rcodeSuccess, patience + 10*time.Millisecond, overUDP},
 		{"slow ones are listened to", map[netip.AddrPort]time.Duration{a: 3 * time.Second, b: never}, []netip.AddrPort{a, b},
-			[]netip.AddrPort{a, b, a}, rcodeSuccess, 3 * time.Second},
+			[]netip.AddrPort{a, b, a}, rcodeSuccess, 3 * time.Second, overUDP},
 		{"one silent server", map[netip.AddrPort]time.Duration{a: never}, []netip.AddrPort{a},
-			[]netip.AddrPort{a, a, a, a}, rcodeServerFailure, queryTimeout},
+			[]netip.AddrPort{a, a, a, a}, rcodeServerFailure, queryTimeout, overUDP},
 		{"all silent", map[netip.AddrPort]time.Duration{a: never, b: never, c: never}, []netip.AddrPort{a, b, c},
-			[]netip.AddrPort{a, b, c, a}, rcodeServerFailure, queryTimeout},
+			[]netip.AddrPort{a, b, c, a}, rcodeServerFailure, queryTimeout, overUDP},
+		{"tcp repeats by itself", map[netip.AddrPort]time.Duration{a: never, b: never}, []netip.AddrPort{a, b},
+			[]netip.AddrPort{a, b}, rcodeServerFailure, queryTimeout, overTCP},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -77,7 +80,7 @@ func TestTiming(t *testing.T) {
 					t.Fatal(err)
 				}
 				start := time.Now()
-				reply := s.resolve(t.Context(), &q, overUDP)
+				reply := s.resolve(t.Context(), &q, tt.via)
 				if took := time.Since(start); took != tt.took {
 					t.Errorf("took %v, want %v", took, tt.took)
 				}

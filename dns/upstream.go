@@ -88,10 +88,14 @@ func (s *Server) ask(ctx context.Context, q *query, via transport) ([]byte, erro
 		return nil, errNoUpstream
 	}
 	servers = servers[:min(len(servers), maxTries)]
+	tries := len(servers)
+	if via == overUDP {
+		tries = max(minTries, tries) // TCP repeats by itself what was lost
+	}
 	r := &race{
 		server: s, q: q, via: via, servers: servers,
 		out:     make(map[netip.AddrPort]bool),
-		results: make(chan try, max(minTries, len(servers))),
+		results: make(chan try, tries),
 	}
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer r.tries.Wait()
@@ -100,7 +104,7 @@ func (s *Server) ask(ctx context.Context, q *query, via transport) ([]byte, erro
 }
 
 func (r *race) run(ctx context.Context) ([]byte, error) {
-	patience := queryTimeout / time.Duration(cap(r.results))
+	patience := queryTimeout / time.Duration(max(minTries, len(r.servers)))
 	silent := time.NewTimer(patience)
 	defer silent.Stop()
 	var best try // the answer to use if no server has a good one
