@@ -19,11 +19,11 @@ run: build ## build, then a guest in its own network that tries every kind of tr
 
 test: ## install what the tests need (root and apt-get) or say what is missing, then run everything
 	@test/deps.sh
-	@$(GO) test -json -count=1 -timeout 9m $(TESTS) | $(GO) run ./internal/tally
+	@$(GO) test -json -count=1 -timeout 9m -skip '^TestLong' $(TESTS) | $(GO) run ./internal/tally
 
 test-long: ## the tests too slow for `make test`, up to an hour
 	@test/deps.sh
-	@$(GO) test -json -count=1 -timeout 55m -tags long -run '^TestLong' $(TESTS) | $(GO) run ./internal/tally
+	@SLIPWAY_LONG=1 $(GO) test -json -count=1 -timeout 55m -run '^TestLong' $(TESTS) | $(GO) run ./internal/tally
 
 build: $(BIN) ## build bin/slipway
 
@@ -34,7 +34,6 @@ $(BIN):
 lint: ## gofmt, vet for linux, windows and macOS, staticcheck
 	@files=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$files" ] || { echo "not gofmt-ed: $$files"; exit 1; }
 	@for os in linux windows darwin; do echo "vet $$os"; GOOS=$$os $(GO) vet ./... || exit 1; done
-	@$(GO) vet -tags long ./...
 	@echo staticcheck; $(GO) tool staticcheck ./...
 
 bench: ## measure slipway beside its peers and write docs/benchmarks.md; root, about half an hour

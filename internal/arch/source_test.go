@@ -159,3 +159,30 @@ func TestFileLength(t *testing.T) {
 		}
 	}
 }
+
+// A test that calls long is left out of `make test` and run by `make test-long`,
+// which know it by its name.
+func TestNamesOfLongTests(t *testing.T) {
+	for _, path := range files(t, "_test.go") {
+		fset := token.NewFileSet()
+		f, err := parser.ParseFile(fset, filepath.Join(root, path), nil, parser.SkipObjectResolution)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		for _, d := range f.Decls {
+			fn, ok := d.(*ast.FuncDecl)
+			if !ok || !strings.HasPrefix(fn.Name.Name, "Test") || strings.HasPrefix(fn.Name.Name, "TestLong") {
+				continue
+			}
+			ast.Inspect(fn, func(n ast.Node) bool {
+				if call, ok := n.(*ast.CallExpr); ok {
+					if id, ok := call.Fun.(*ast.Ident); ok && id.Name == "long" {
+						t.Errorf("%v: %s calls long and is not named TestLong...", fset.Position(fn.Pos()), fn.Name.Name)
+					}
+				}
+				return true
+			})
+		}
+	}
+}
