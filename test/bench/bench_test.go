@@ -3,7 +3,9 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"math"
 	"net/netip"
 	"os"
@@ -12,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -20,6 +23,9 @@ import (
 func TestMain(m *testing.M) {
 	if os.Getenv("SLIPBENCH_TEST") != "" {
 		main()
+	}
+	if os.Getenv("SLIPBENCH_SILENCE") != "" {
+		exit(firstError(quietly, hearSilence))
 	}
 	os.Exit(m.Run())
 }
@@ -47,6 +53,38 @@ func TestHarness(t *testing.T) {
 	}
 	if strings.Contains(string(text), "not measured") || strings.Count(string(text), "\n| ") < 8 {
 		t.Errorf("incomplete page:\n%s\n%s", text, out)
+	}
+}
+
+// hearSilence sends datagrams to a socket that never answers.
+func hearSilence() error {
+	silent, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	if err := unix.Bind(silent, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		return err
+	}
+	name, err := unix.Getsockname(silent)
+	if err != nil {
+		return err
+	}
+	o := order{Target: netip.MustParseAddr("127.0.0.1"), Port: uint16(name.(*unix.SockaddrInet4).Port), Seconds: 0.5}
+	if _, lost, err := udpWindow(o); err == nil || lost < 2*udpWindowSize {
+		return fmt.Errorf("udpWindow: %d datagrams lost, error %v", lost, err)
+	}
+	return nil
+}
+
+// TestLossIsNoticed proves that the receive time-out works in raw mode: Go's
+// preemption signals used to interrupt each call before its time was up.
+func TestLossIsNoticed(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, os.Args[0])
+	cmd.Env = append(os.Environ(), "SLIPBENCH_SILENCE=1")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
 	}
 }
 

@@ -58,9 +58,9 @@ func main() {
 	if len(os.Args) > 1 {
 		switch os.Args[1] {
 		case argWorld:
-			exit(worldMain(os.Args[2:]))
+			exit(firstError(quietly, worldMain))
 		case argGuest:
-			exit(guestMain(os.Args[2:]))
+			exit(firstError(quietly, func() error { return guestMain(os.Args[2:]) }))
 		}
 	}
 	inner := len(os.Args) > 1 && os.Args[1] == argInner

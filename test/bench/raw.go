@@ -5,8 +5,11 @@ package main
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"runtime"
 	"runtime/debug"
+	"slices"
+	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -15,6 +18,21 @@ import (
 // The load tools call the kernel directly and block in the call: Go's scheduler
 // and netpoller would add several microseconds to each step, for every driver
 // alike, and so press all ratios towards one.
+
+// quietly starts this process again with Go's preemption signals off. They come
+// every 10 ms to a thread that does not return to the scheduler, and a call with a
+// time-out (SO_RCVTIMEO) is interrupted by them rather than restarted. The
+// setting cannot come from the environment of whoever starts us: a driver that
+// is itself written in Go must not be measured with it.
+func quietly() error {
+	const setting = "asyncpreemptoff=1"
+	if strings.Contains(os.Getenv("GODEBUG"), setting) {
+		return nil
+	}
+	env := slices.DeleteFunc(os.Environ(), func(e string) bool { return strings.HasPrefix(e, "GODEBUG=") })
+	env = append(env, "GODEBUG="+setting)
+	return fmt.Errorf("exec: %w", unix.Exec("/proc/self/exe", os.Args, env))
+}
 
 // rawMode prepares the calling goroutine for raw blocking calls: its thread is
 // its own, nothing collects garbage (a collection would wait for the blocked

@@ -124,7 +124,7 @@ func (r *runner) obeyed(ctx context.Context, o order, g *guest) (guestReport, ma
 	}
 	defer context.AfterFunc(ctx, func() { killGroup(cmd) })()
 	pid := pick(g.pid != 0, g.pid, cmd.Process.Pid)
-	last, usage, err := r.converse(bufio.NewReaderSize(out, 1<<16), in, pid, o.Count)
+	last, usage, err := r.converse(bufio.NewReaderSize(out, 1<<16), in, pid)
 	werr := cmd.Wait()
 	if ctx.Err() != nil {
 		return report, nil, fmt.Errorf("load in the guest did not end within %v", sampleTimeout)
@@ -152,7 +152,7 @@ func killGroup(cmd *exec.Cmd) {
 
 // converse reads the load tool's lines up to its report. At "base" and "open" it
 // looks at the driver's processes.
-func (r *runner) converse(out *bufio.Reader, in io.WriteCloser, pid, flows int) (last []byte, usage map[string]float64, err error) {
+func (r *runner) converse(out *bufio.Reader, in io.WriteCloser, pid int) (last []byte, usage map[string]float64, err error) {
 	defer in.Close()
 	var base resources
 	for {
@@ -164,10 +164,15 @@ func (r *runner) converse(out *bufio.Reader, in io.WriteCloser, pid, flows int) 
 			return nil, nil, err
 		}
 		last = bytes.TrimSpace(line)
-		switch string(last) {
+		word, number, _ := strings.Cut(string(last), " ")
+		switch word {
 		case "base":
 			base = r.resources(pid)
 		case "open":
+			flows, err := strconv.Atoi(number)
+			if err != nil {
+				return nil, nil, err
+			}
 			time.Sleep(idleSettle)
 			usage = base.perFlow(r.resources(pid), flows)
 		default:

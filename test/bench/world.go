@@ -43,7 +43,7 @@ type worldServer struct {
 
 // worldMain is the server process: it prints "ready", then a report for each
 // line on stdin, and ends at end of file.
-func worldMain([]string) error {
+func worldMain() error {
 	s, err := newWorldServer()
 	if err != nil {
 		return err
