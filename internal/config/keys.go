@@ -1,0 +1,273 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// key is one setting: its name in the file, the range that an error and the
+// documentation quote, and its two directions. set takes what the file has (string,
+// int64, bool, []any) or a flag's string.
+type key struct {
+	name    string
+	allowed string
+	parse   func(s *Settings, v any) error
+	get     func(s *Settings) string // in TOML
+}
+
+// set stores v, or says that it is not in the allowed range.
+func (k key) set(s *Settings, v any) error {
+	err := k.parse(s, v)
+	if err == nil {
+		return nil
+	}
+	if errors.Is(err, errNotAllowed) {
+		return fmt.Errorf("%s: %s is not allowed: must be %s", k.name, show(v), k.allowed)
+	}
+	return fmt.Errorf("%s: %w: must be %s", k.name, err, k.allowed)
+}
+
+// errNotAllowed stands for "not in the range that the key names".
+var errNotAllowed = errors.New("not allowed")
+
+// errLater is for values that DESIGN names and this version has not got.
+var errLater = errors.New(`"kernel" is not available in this version`)
+
+// keys are all settings in the order of `slipway config show`.
+var keys = []key{
+	{
+		name: "path", allowed: `"auto" or "netstack"`,
+		parse: func(s *Settings, v any) error {
+			if v == "kernel" {
+				return errLater
+			}
+			return oneOf(&s.Path, v, "auto", "netstack")
+		},
+		get: func(s *Settings) string { return strconv.Quote(s.Path) },
+	}, {
+		name: "host_access", allowed: `"none", "all", or a list of ports and ranges like [80, "8000-8010"]`,
+		parse: func(s *Settings, v any) error { return setHostAccess(&s.HostAccess, v) },
+		get:   func(s *Settings) string { return s.HostAccess.toml() },
+	}, {
+		name: "host_addresses", allowed: `"allow" or "as-host-access"`,
+		parse: func(s *Settings, v any) error { return oneOf(&s.HostAddresses, v, "allow", "as-host-access") },
+		get:   func(s *Settings) string { return strconv.Quote(s.HostAddresses) },
+	}, {
+		name: "ipv4_subnet", allowed: "an IPv4 prefix of unicast addresses with a length of 8 to 29",
+		parse: func(s *Settings, v any) error { return setSubnet(&s.IPv4Subnet, v, true) },
+		get:   func(s *Settings) string { return strconv.Quote(s.IPv4Subnet.String()) },
+	}, {
+		name: "ipv6_subnet", allowed: "an IPv6 prefix of unicast addresses with a length of 8 to 125",
+		parse: func(s *Settings, v any) error { return setSubnet(&s.IPv6Subnet, v, false) },
+		get:   func(s *Settings) string { return strconv.Quote(s.IPv6Subnet.String()) },
+	}, {
+		// Below 1280 there is no IPv6 (RFC 8200 section 5).
+		name: "mtu", allowed: "a number in 1280..65535",
+		parse: func(s *Settings, v any) error { return number(&s.MTU, v, 1280, 65535) },
+		get:   func(s *Settings) string { return strconv.Itoa(s.MTU) },
+	}, {
+		name: "isolate", allowed: `a list of "net" (always on), "mount" and "pid"`,
+		parse: setIsolate,
+		get:   getIsolate,
+	}, {
+		name: "stop_timeout", allowed: `a duration like "20s" in 0s..1h`,
+		parse: func(s *Settings, v any) error { return duration(&s.StopTimeout, v, time.Hour) },
+		get:   func(s *Settings) string { return strconv.Quote(s.StopTimeout.String()) },
+	}, {
+		name: "log_level", allowed: `"debug", "info", "warn" or "error"`,
+		parse: setLevel,
+		get:   func(s *Settings) string { return strconv.Quote(strings.ToLower(s.LogLevel.String())) },
+	}, {
+		name: "limits.dials", allowed: "a number in 1..65536",
+		parse: func(s *Settings, v any) error { return number(&s.MaxDials, v, 1, 65536) },
+		get:   func(s *Settings) string { return strconv.Itoa(s.MaxDials) },
+	}, {
+		name: "limits.udp_mappings", allowed: "a number in 1..1048576",
+		parse: func(s *Settings, v any) error { return number(&s.MaxUDP, v, 1, 1<<20) },
+		get:   func(s *Settings) string { return strconv.Itoa(s.MaxUDP) },
+	},
+}
+
+func lookup(name string) (key, bool) {
+	i := slices.IndexFunc(keys, func(k key) bool { return k.name == name })
+	if i < 0 {
+		return key{}, false
+	}
+	return keys[i], true
+}
+
+// show writes a value for an error message, short.
+func show(v any) string {
+	const longest = 60
+	s := fmt.Sprint(v)
+	if str, ok := v.(string); ok {
+		s = strconv.Quote(str)
+	}
+	if len(s) > longest {
+		s = strings.ToValidUTF8(s[:longest], "") + "..."
+	}
+	return s
+}
+
+func oneOf(to *string, v any, allowed ...string) error {
+	s, ok := v.(string)
+	if !ok || !slices.Contains(allowed, s) {
+		return errNotAllowed
+	}
+	*to = s
+	return nil
+}
+
+func number(to *int, v any, low, high int64) error {
+	n, ok := v.(int64)
+	if s, isString := v.(string); isString { // a flag's
+		var err error
+		n, err = strconv.ParseInt(s, 10, 64)
+		ok = err == nil
+	}
+	if !ok || n < low || n > high {
+		return errNotAllowed
+	}
+	*to = int(n)
+	return nil
+}
+
+func duration(to *time.Duration, v any, high time.Duration) error {
+	s, _ := v.(string)
+	d, err := time.ParseDuration(s)
+	if err != nil || d < 0 || d > high {
+		return errNotAllowed
+	}
+	*to = d
+	return nil
+}
+
+func setLevel(s *Settings, v any) error {
+	var name string
+	if err := oneOf(&name, v, "debug", "info", "warn", "error"); err != nil {
+		return err
+	}
+	var l slog.Level
+	if err := l.UnmarshalText([]byte(name)); err != nil {
+		return err
+	}
+	s.LogLevel = l
+	return nil
+}
+
+// words takes a list of strings, or a flag's string with commas.
+func words(v any) ([]string, error) {
+	if s, ok := v.(string); ok {
+		return strings.Split(s, ","), nil
+	}
+	list, ok := v.([]any)
+	if !ok {
+		return nil, errNotAllowed
+	}
+	out := make([]string, len(list))
+	for i, e := range list {
+		switch e := e.(type) {
+		case string:
+			out[i] = e
+		case int64:
+			out[i] = strconv.FormatInt(e, 10)
+		default:
+			return nil, errNotAllowed
+		}
+	}
+	return out, nil
+}
+
+func setIsolate(s *Settings, v any) error {
+	list, err := words(v)
+	if err != nil {
+		return err
+	}
+	var mount, pid bool
+	for _, w := range list {
+		switch strings.TrimSpace(w) {
+		case "net":
+		case "mount":
+			mount = true
+		case "pid":
+			pid = true
+		default:
+			return errNotAllowed
+		}
+	}
+	s.IsolateMount, s.IsolatePID = mount, pid
+	return nil
+}
+
+func getIsolate(s *Settings) string {
+	out := `["net"`
+	if s.IsolateMount {
+		out += `, "mount"`
+	}
+	if s.IsolatePID {
+		out += `, "pid"`
+	}
+	return out + "]"
+}
+
+// setHostAccess takes "none", "all", a list of numbers and strings, or a flag's string.
+func setHostAccess(to *HostAccess, v any) error {
+	list, err := words(v)
+	if err != nil {
+		return err
+	}
+	if _, isList := v.([]any); isList && len(list) == 0 {
+		*to = HostAccess{}
+		return nil
+	}
+	h, err := ParseHostAccess(strings.Join(list, ","))
+	if err != nil {
+		return err
+	}
+	*to = h
+	return nil
+}
+
+// toml is String as the file has it.
+func (h HostAccess) toml() string {
+	if h.All || len(h.Ports) == 0 {
+		return strconv.Quote(h.String())
+	}
+	out := make([]string, len(h.Ports))
+	for i, p := range h.Ports {
+		if out[i] = p.String(); p.First != p.Last {
+			out[i] = strconv.Quote(out[i])
+		}
+	}
+	return "[" + strings.Join(out, ", ") + "]"
+}
+
+// setSubnet takes a prefix that has room for the gateway, the host and the guest.
+func setSubnet(to *netip.Prefix, v any, want4 bool) error {
+	s, _ := v.(string)
+	p, err := netip.ParsePrefix(s)
+	if err != nil {
+		return errNotAllowed
+	}
+	a := p.Addr()
+	longest := 125
+	if want4 {
+		longest = 29
+	}
+	unusable := a.IsUnspecified() || a.IsLoopback() || a.IsMulticast() || a.IsLinkLocalUnicast() || a.Is4In6() ||
+		a.Is4() && a.As4()[0] >= 240 || a.Is4() && a.As4()[0] == 0
+	if a.Is4() != want4 || unusable || p.Bits() < 8 || p.Bits() > longest {
+		return errNotAllowed
+	}
+	if p != p.Masked() {
+		return fmt.Errorf("%v has bits behind its length, %v is meant", p, p.Masked())
+	}
+	*to = p
+	return nil
+}

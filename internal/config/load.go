@@ -1,0 +1,403 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/pelletier/go-toml/v2"
+	"github.com/pelletier/go-toml/v2/unstable"
+)
+
+// Theory of operation.
+//
+// The file is read twice. go-toml's decoder finds what is no TOML at all: broken
+// syntax, bad escapes, a key twice. There it ends, for what follows a broken line
+// means nothing. Then the syntax tree is walked, where every key still has its line
+// and column, and each value goes to its key in keys.go; here every problem is kept
+// and all are returned together, in the order of the file.
+//
+//	top level key ........ for all engines
+//	[engine.NAME] key .... for that engine, over the general one
+//	command, directory, environment ... only there
+
+// maxFile is far beyond any real file, in bytes; more is somebody's mistake.
+const maxFile = 1 << 20
+
+// Problem is one thing wrong in a file.
+type Problem struct {
+	File         string
+	Line, Column int // from 1
+	Text         string
+}
+
+// Error returns "FILE:LINE:COLUMN: TEXT".
+func (p *Problem) Error() string {
+	return fmt.Sprintf("%s:%d:%d: %s", p.File, p.Line, p.Column, p.Text)
+}
+
+// Problems is everything wrong in a file, in the order of the file.
+type Problems []*Problem
+
+// Error returns the problems, one a line.
+func (p Problems) Error() string {
+	lines := make([]string, len(p))
+	for i, one := range p {
+		lines[i] = one.Error()
+	}
+	return strings.Join(lines, "\n")
+}
+
+// Load reads the file at path. The error is of os.Open and friends, or Problems.
+func Load(path string) (*Config, error) {
+	b, err := readFile(path)
+	if err != nil {
+		return nil, err
+	}
+	return Parse(path, b)
+}
+
+func readFile(path string) ([]byte, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, fmt.Errorf("read config on %s: %w", path, bare(err))
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("read config on %s: not a regular file", path)
+	}
+	if info.Size() > maxFile {
+		return nil, fmt.Errorf("read config on %s: %d bytes are more than %d", path, info.Size(), maxFile)
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read config on %s: %w", path, bare(err))
+	}
+	return b, nil
+}
+
+// bare drops the path that our own message has already.
+func bare(err error) error {
+	if pe := (*os.PathError)(nil); errors.As(err, &pe) {
+		return pe.Err
+	}
+	return err
+}
+
+// Find returns the file to load when no --config is given, or "" when there is none:
+// for root /etc/slipway/slipway.toml, for others first slipway/slipway.toml in
+// $XDG_CONFIG_HOME (~/.config). Root never reads a file from a home directory, which
+// under sudo may be somebody else's.
+func Find(euid int) string {
+	candidates := []string{filepath.Join("/etc", "slipway", "slipway.toml")}
+	if euid != 0 {
+		if dir, err := os.UserConfigDir(); err == nil {
+			candidates = slices.Insert(candidates, 0, filepath.Join(dir, "slipway", "slipway.toml"))
+		}
+	}
+	for _, path := range candidates {
+		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+			return path // also when it cannot be read: Load then says why
+		}
+	}
+	return ""
+}
+
+// Parse reads b, the content of file. The error is Problems.
+func Parse(file string, b []byte) (*Config, error) {
+	r := &reader{file: file, config: Default()}
+	r.config.file = file
+	if p := r.syntax(b); p != nil {
+		return nil, Problems{p}
+	}
+	r.walk(b)
+	if len(r.problems) > 0 {
+		return nil, r.problems
+	}
+	return r.config, nil
+}
+
+// reader turns one file into a Config.
+type reader struct {
+	file     string
+	config   *Config
+	parser   unstable.Parser
+	problems Problems
+}
+
+// syntax returns what go-toml's decoder finds, or nil.
+func (r *reader) syntax(b []byte) *Problem {
+	var any map[string]any
+	err := toml.Unmarshal(b, &any)
+	if err == nil {
+		return nil
+	}
+	p := &Problem{File: r.file, Line: 1, Column: 1, Text: strings.TrimPrefix(err.Error(), "toml: ")}
+	if de := (*toml.DecodeError)(nil); errors.As(err, &de) {
+		p.Line, p.Column = de.Position()
+	}
+	return p
+}
+
+// walk visits every key of the file.
+func (r *reader) walk(b []byte) {
+	r.parser.Reset(b)
+	var table []string
+	known := true
+	for r.parser.NextExpression() {
+		switch e := r.parser.Expression(); e.Kind {
+		case unstable.Table:
+			table = keyOf(e)
+			known = r.table(e, table)
+		case unstable.ArrayTable:
+			table, known = keyOf(e), false
+			r.add(position(e), fmt.Sprintf("[[%s]]: there are no lists of tables here", strings.Join(table, ".")))
+		case unstable.KeyValue:
+			if known { // else one problem is enough
+				r.keyValue(table, e)
+			}
+		}
+	}
+}
+
+// table checks the head of a table and reports whether there is one of that name.
+func (r *reader) table(e *unstable.Node, path []string) bool {
+	inside := path
+	if path[0] == "engine" {
+		if len(path) == 1 {
+			return true
+		}
+		r.engine(e, path[1])
+		inside = path[2:]
+	}
+	switch {
+	case len(inside) == 0:
+	case len(inside) == 1 && inside[0] == "limits":
+	case len(path) == 3 && len(inside) == 1 && inside[0] == "environment":
+	default:
+		r.add(position(e), fmt.Sprintf("[%s]: unknown table%s", strings.Join(path, "."), didYouMean(inside[0], "engine", "limits")))
+		return false
+	}
+	return true
+}
+
+// engine returns the engine called name, making it.
+func (r *reader) engine(e *unstable.Node, name string) *engine {
+	own := r.config.engines[name]
+	if own == nil {
+		if err := CheckName(name); err != nil {
+			r.add(position(e), err.Error())
+		}
+		own = &engine{layer: layer{}}
+		r.config.engines[name] = own
+	}
+	return own
+}
+
+// keyValue takes one "key = value" below table; a table as value is taken apart.
+func (r *reader) keyValue(table []string, e *unstable.Node) {
+	path := append(slices.Clone(table), keyOf(e)...)
+	var own *engine
+	name := path
+	if path[0] == "engine" && len(path) >= 3 {
+		own, name = r.engine(e, path[1]), path[2:]
+	}
+	if own != nil && name[0] == "environment" {
+		r.environment(own, name[1:], e)
+		return
+	}
+	if e.Value().Kind == unstable.InlineTable {
+		if !r.table(e, path) {
+			return
+		}
+		for it := e.Value().Children(); it.Next(); {
+			r.keyValue(path, it.Node())
+		}
+		return
+	}
+	r.set(own, strings.Join(name, "."), e)
+}
+
+// set stores one value in the engine's layer, or the general one for nil.
+func (r *reader) set(own *engine, name string, e *unstable.Node) {
+	v, err := valueOf(e.Value())
+	if err != nil {
+		r.add(r.valuePosition(e), fmt.Sprintf("%s: %v", name, err))
+		return
+	}
+	if own != nil && (name == "command" || name == "directory") {
+		if err := own.set(name, v); err != nil {
+			r.add(r.valuePosition(e), err.Error())
+		}
+		return
+	}
+	k, ok := lookup(name)
+	if !ok {
+		r.unknown(own, name, e)
+		return
+	}
+	s := defaultSettings()
+	if err := k.set(&s, v); err != nil {
+		r.add(r.valuePosition(e), err.Error())
+		return
+	}
+	to := r.config.base
+	if own != nil {
+		to = own.layer
+	}
+	to[name] = setting{v, fmt.Sprintf("%s:%d", r.file, r.parser.Shape(position(e)).Start.Line)}
+}
+
+func (r *reader) unknown(own *engine, name string, e *unstable.Node) {
+	known := make([]string, 0, len(keys)+3)
+	for _, k := range keys {
+		known = append(known, k.name)
+	}
+	if own != nil {
+		known = append(known, "command", "directory", "environment")
+	}
+	text := name + ": unknown key"
+	if own == nil && (name == "command" || name == "directory" || strings.HasPrefix(name, "environment")) {
+		text += ": it belongs into a table [engine.NAME]"
+	} else {
+		text += didYouMean(name, known...)
+	}
+	r.add(position(e), text)
+}
+
+// set stores what only an engine has.
+func (own *engine) set(name string, v any) error {
+	if name == "directory" {
+		dir, ok := v.(string)
+		if !ok || !filepath.IsAbs(dir) {
+			return fmt.Errorf("directory: %s is not allowed: must be an absolute path", show(v))
+		}
+		own.directory = dir
+		return nil
+	}
+	list, ok := v.([]any)
+	for _, e := range list {
+		word, isString := e.(string)
+		ok = ok && isString && !strings.Contains(word, "\x00")
+		own.command = append(own.command, word)
+	}
+	if !ok || len(list) == 0 || own.command[0] == "" {
+		return fmt.Errorf("command: %s is not allowed: must be a list of a program and its arguments", show(v))
+	}
+	return nil
+}
+
+// environment takes the table of that name, written in any of TOML's ways.
+func (r *reader) environment(own *engine, rest []string, e *unstable.Node) {
+	switch v := e.Value(); {
+	case len(rest) == 0 && v.Kind == unstable.InlineTable:
+		for it := v.Children(); it.Next(); {
+			r.environment(own, keyOf(it.Node()), it.Node())
+		}
+	case len(rest) == 1 && v.Kind == unstable.String && validVariable(rest[0], string(v.Data)):
+		if own.environment == nil {
+			own.environment = make(map[string]string)
+		}
+		own.environment[rest[0]] = string(v.Data)
+	default:
+		r.add(position(e), "environment: must be a table of NAME = \"value\"")
+	}
+}
+
+func validVariable(name, value string) bool {
+	return name != "" && !strings.ContainsAny(name, "=\x00") && !strings.Contains(value, "\x00")
+}
+
+func (r *reader) add(at unstable.Range, text string) {
+	start := r.parser.Shape(at).Start
+	r.problems = append(r.problems, &Problem{r.file, start.Line, start.Column, text})
+}
+
+// keyOf returns the parts of a node's dotted key.
+func keyOf(e *unstable.Node) []string {
+	var parts []string
+	for it := e.Key(); it.Next(); {
+		parts = append(parts, string(it.Node().Data))
+	}
+	return parts
+}
+
+// position is where a node's key starts.
+func position(e *unstable.Node) unstable.Range {
+	it := e.Key()
+	it.Next()
+	return it.Node().Raw
+}
+
+// valuePosition is where a node's value starts; of some values the parser does not
+// tell, then it is the key's.
+func (r *reader) valuePosition(e *unstable.Node) unstable.Range {
+	if raw := e.Value().Raw; raw.Length > 0 {
+		return raw
+	}
+	return position(e)
+}
+
+// valueOf returns a string, int64, bool or []any of these.
+func valueOf(n *unstable.Node) (any, error) {
+	switch n.Kind {
+	case unstable.String:
+		return string(n.Data), nil
+	case unstable.Bool:
+		return string(n.Data) == "true", nil
+	case unstable.Integer:
+		return strconv.ParseInt(string(n.Data), 0, 64) // TOML's 0x, 0o, 0b and _ are Go's
+	case unstable.Array:
+		list := []any{}
+		for it := n.Children(); it.Next(); {
+			if it.Node().Kind == unstable.Comment {
+				continue
+			}
+			v, err := valueOf(it.Node())
+			if err != nil {
+				return nil, err
+			}
+			list = append(list, v)
+		}
+		return list, nil
+	}
+	return nil, errors.New("numbers with a fraction, dates and tables are not allowed here")
+}
+
+// didYouMean names the known word that is nearest to word, if one is near.
+func didYouMean(word string, known ...string) string {
+	best, near := "", 3 // two typing mistakes
+	for _, k := range known {
+		if d := distance(word, k); d < near {
+			best, near = k, d
+		}
+	}
+	if best == "" {
+		return ""
+	}
+	return fmt.Sprintf(": did you mean %s?", best)
+}
+
+// distance is how many characters must be put in, taken out or changed to make b of a.
+func distance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			d := diagonal
+			if a[i] != b[j] {
+				d++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(d, row[j]+1, diagonal+1)
+		}
+	}
+	return row[len(b)]
+}
