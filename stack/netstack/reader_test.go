@@ -1,7 +1,9 @@
 package netstack
 
 import (
+	"context"
 	"net/netip"
+	"sync"
 	"testing"
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -95,26 +97,41 @@ func FuzzPacket(f *testing.F) {
 		f.Add(p, uint8(0), uint8(0), uint16(0))
 	}
 	f.Add(ipPacket(guest4, target4, header.ICMPv4ProtocolNumber, echoBody(guest4, target4, 8, 1, 1, pattern(9))), uint8(0), uint8(0), uint16(0))
+	ours, theirs := link.NewPipe(1500)
+	s, err := New(Config{Link: ours, Gateway4: gw4, Gateway6: gw6})
+	if err != nil {
+		f.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	s.forward, s.ctx = &nobody{}, ctx
+	var loops sync.WaitGroup
+	loops.Go(s.ep.writeLoop)
+	loops.Go(func() { // the guest takes what it gets
+		for b := make([]byte, 2*link.MaxPacket); ; {
+			if _, _, err := theirs.ReadPacket(b, nil); err != nil {
+				return
+			}
+		}
+	})
+	f.Cleanup(func() {
+		cancel()
+		s.ip.Close()
+		s.flows.Wait()
+		s.ep.closeQueue()
+		s.ep.drained.Wait()
+		ours.Close()
+		theirs.Close()
+		loops.Wait()
+		s.ip.Destroy()
+	})
+	r := &reader{s: s, chunk: newChunk()}
 	f.Fuzz(func(t *testing.T, pkt []byte, flags, gso uint8, size uint16) {
 		if len(pkt) > link.MaxPacket {
 			return
 		}
-		ours, theirs := link.NewPipe(1500)
-		defer theirs.Close()
-		s, err := New(Config{Link: ours, Gateway4: gw4, Gateway6: gw6})
-		if err != nil {
-			t.Fatal(err)
-		}
-		s.forward, s.ctx = &nobody{}, t.Context()
-		r := &reader{s: s, chunk: newChunk()}
 		r.n = copy(r.head[:], pkt)
 		r.n += copy(r.chunk.AsSlice()[headLen:], pkt[r.n:])
 		r.hdr = link.Header{Flags: flags, GSOType: gso, GSOSize: size}
 		r.dispatch()
-		r.chunk.Release()
-		s.flows.Wait()
-		ours.Close()
-		s.ip.Close()
-		s.ip.Destroy()
 	})
 }
