@@ -1,0 +1,214 @@
+package nsagent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// killGrace is how long the agent gets to kill everything after we ask it to do so at
+// once, before it is killed itself and we do the rest.
+const killGrace = 5 * time.Second
+
+// Agent is the daemon's handle on the process inside the guest's namespaces. Its
+// methods may be called by several goroutines.
+type Agent struct {
+	spec   Spec
+	log    *slog.Logger
+	wire   *wire
+	proc   *os.Process
+	mapped idMaps
+	report Report
+	tun    *os.File
+	netns  *os.File
+	watch  *watcher // of the namespace we joined, or nil
+
+	done     chan struct{} // closed when the guest is over: see Done
+	doneOnce sync.Once
+	ended    chan struct{} // closed when the agent and all it started are gone
+	stop     context.CancelFunc
+	workers  sync.WaitGroup
+
+	waitOnce sync.Once
+	state    *os.ProcessState
+	waitErr  error
+
+	mu     sync.Mutex // guards the fields below
+	procs  map[uint64]*Process
+	nextID uint64
+	over   bool // no further process can be registered
+}
+
+func newAgent(spec Spec, log *slog.Logger) *Agent {
+	return &Agent{
+		spec:   spec,
+		log:    log.With(slog.String("component", "nsagent")),
+		mapped: idMaps{kind: MappingNone},
+		done:   make(chan struct{}),
+		ended:  make(chan struct{}),
+		procs:  make(map[uint64]*Process),
+	}
+}
+
+// TUN returns the guest's device, opened with IFF_TUN, IFF_NO_PI and IFF_VNET_HDR,
+// non-blocking. The caller owns it; with the last descriptor the device goes.
+func (a *Agent) TUN() *os.File { return a.tun }
+
+// NetNS returns a descriptor of the guest's network namespace, for comparing and for
+// those who may setns(2). It is open until Close returns.
+func (a *Agent) NetNS() *os.File { return a.netns }
+
+// PID returns the agent's process number on the host.
+func (a *Agent) PID() int { return a.proc.Pid }
+
+// Report returns what Start found out.
+func (a *Agent) Report() Report { return a.report }
+
+// Done is closed when the agent has ended, whatever the reason, or when the namespace
+// that it joined is gone.
+func (a *Agent) Done() <-chan struct{} { return a.done }
+
+// serve starts the goroutines of a running agent; close waits for them.
+func (a *Agent) serve() {
+	ctx, cancel := context.WithCancel(context.Background()) // ends with the agent
+	a.stop = cancel
+	a.workers.Go(a.receive)
+	if a.watch != nil {
+		a.workers.Go(func() {
+			if err := a.watch.run(ctx); err != nil && ctx.Err() == nil {
+				a.log.Error("watch the joined namespace", slog.Any("error", err))
+			}
+			if ctx.Err() == nil {
+				a.doneOnce.Do(func() { close(a.done) })
+			}
+		})
+	}
+}
+
+// receive handles the agent's events until it ends.
+func (a *Agent) receive() {
+	for {
+		var ev event
+		files, err := a.wire.receive(&ev)
+		if err != nil {
+			if !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) {
+				a.log.Error("protocol error, killing the agent", slog.Any("error", err))
+				a.proc.Kill()
+			}
+			break
+		}
+		a.handle(&ev, files)
+		closeAll(files)
+	}
+	a.finish()
+}
+
+// handle takes one event. The files stay the caller's.
+func (a *Agent) handle(ev *event, files []*os.File) {
+	if ev.Log != nil {
+		a.logEvent(ev.Log)
+		return
+	}
+	a.mu.Lock()
+	p := a.procs[ev.ID]
+	if p != nil && (ev.Failed != nil || ev.Exited != nil) {
+		delete(a.procs, ev.ID)
+	}
+	a.mu.Unlock()
+	if p != nil {
+		p.handle(ev, files)
+	}
+}
+
+// logEvent writes a line on behalf of the agent.
+func (a *Agent) logEvent(ev *logEvent) {
+	a.log.Info(ev.Message, slog.String("on", ev.On), slog.String("error", ev.Error))
+}
+
+// finish collects the agent after its end of the socketpair was closed.
+func (a *Agent) finish() {
+	state, err := a.wait()
+	if err != nil || !state.Success() {
+		a.log.Error("the agent ended unexpectedly; killing what it left",
+			slog.Any("state", state), slog.Any("error", err))
+		a.killLeft()
+	}
+	a.mu.Lock()
+	a.over = true
+	left := a.procs
+	a.procs = nil
+	a.mu.Unlock()
+	for _, p := range left {
+		p.gone()
+	}
+	a.doneOnce.Do(func() { close(a.done) })
+	close(a.ended)
+}
+
+// killLeft ends orphans of an agent that could not do so itself.
+func (a *Agent) killLeft() {
+	if n, err := killStrays(killGrace); err != nil || n > 0 {
+		a.log.Warn("killed what the agent left", slog.Int("processes", n), slog.Any("error", err))
+	}
+}
+
+// wait reaps the agent, once.
+func (a *Agent) wait() (*os.ProcessState, error) {
+	a.waitOnce.Do(func() {
+		a.state, a.waitErr = a.proc.Wait()
+		agents.mu.Lock()
+		delete(agents.pids, a.proc.Pid)
+		agents.mu.Unlock()
+	})
+	return a.state, a.waitErr
+}
+
+// abandon ends an agent whose start failed.
+func (a *Agent) abandon() {
+	a.wire.close() // it had reported its failure, or does not answer
+	a.proc.Kill()
+	a.wait()
+	if a.watch != nil {
+		a.watch.close()
+	}
+}
+
+// Close ends the guest: TERM to its commands, KILL after StopTimeout to all that is
+// left, and waits until everything is gone. When ctx ends, it kills at once. It does
+// not close the TUN, which is the caller's. Calls after the first do nothing but wait.
+func (a *Agent) Close(ctx context.Context) error {
+	a.wire.send(request{Stop: &stopRequest{Grace: a.spec.StopTimeout}}) // fails if it has ended
+	select {
+	case <-a.ended:
+	case <-ctx.Done():
+		a.kill()
+	}
+	a.stop()
+	a.workers.Wait()
+	a.wire.close()
+	a.netns.Close()
+	if a.waitErr != nil {
+		return fmt.Errorf("wait for the agent: %w", a.waitErr)
+	}
+	return nil
+}
+
+// kill ends the guest without waiting for anybody.
+func (a *Agent) kill() {
+	a.wire.send(request{Stop: &stopRequest{}})
+	t := time.NewTimer(killGrace)
+	defer t.Stop()
+	select {
+	case <-a.ended:
+	case <-t.C:
+		a.proc.Kill()
+		<-a.ended
+	}
+}

@@ -1,0 +1,213 @@
+package nsagent
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// names keeps our own /etc/resolv.conf and /etc/hosts in the guest.
+//
+// A bind mount of our file covers the name in /etc itself. Where that is a symbolic
+// link, the link is covered and not what it leads to: then it does not matter whether
+// that exists (a dangling link), whether somebody writes it anew (systemd-resolved), or
+// which of several names a program uses. mount(2) would follow the link; a descriptor
+// of the link opened with O_PATH and O_NOFOLLOW does not.
+//
+// When the host replaces the name in /etc by rename(2) or removes it, the kernel takes
+// away every mount on it in other namespaces. Two things wake us: mountinfo has an
+// exceptional condition whenever a mount of the namespace changes (proc(5)), which also
+// tells of an umount in the guest; and inotify tells when the new file is there, since
+// the mount is gone slightly before. Programs in the guest can see the host's file for
+// that moment, a fraction of a millisecond.
+type names struct {
+	guest   *guest
+	files   []nameFile
+	state   []nameState
+	info    int // mountinfo
+	inotify int
+}
+
+// nameFile is a name in the guest and the file of ours that appears there.
+type nameFile struct{ path, ours string }
+
+// nameState is what we know about one of the files.
+type nameState struct {
+	source  int         // descriptor of our file, O_PATH
+	want    unix.Stat_t // of our file
+	mountID string      // of our last mount, or empty
+	problem string      // why it is not mounted, or empty
+}
+
+// retryAfter is the pause in milliseconds before trying again what failed though nothing
+// is wrong with it, such as the old name between losing its mount and being replaced.
+const retryAfter = 20
+
+// newNames takes the files that have something of ours.
+func newNames(g *guest, files []nameFile) *names {
+	n := &names{guest: g}
+	for _, f := range files {
+		if f.ours != "" {
+			n.files = append(n.files, f)
+		}
+	}
+	return n
+}
+
+// start mounts the files and watches them as long as the process lives. It returns what
+// could not be mounted and why.
+func (n *names) start() (problems []string, err error) {
+	if len(n.files) == 0 {
+		return nil, nil
+	}
+	if n.info, err = unix.Open("/proc/self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+		return nil, &Error{Op: "open", On: "/proc/self/mountinfo", Err: err}
+	}
+	if n.inotify, err = unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK); err != nil {
+		return nil, &Error{Op: "watch", On: "/etc", Err: err, Hint: "raise the limit: sudo sysctl -w fs.inotify.max_user_instances=1024"}
+	}
+	n.state = make([]nameState, len(n.files))
+	for i, f := range n.files {
+		s := &n.state[i]
+		if s.source, err = unix.Open(f.ours, unix.O_PATH|unix.O_CLOEXEC, 0); err != nil {
+			return nil, &Error{Op: "open", On: f.ours, Err: err}
+		}
+		if err = unix.Fstat(s.source, &s.want); err != nil {
+			return nil, &Error{Op: "stat", On: f.ours, Err: err}
+		}
+		dir := filepath.Dir(f.path)
+		if _, err := unix.InotifyAddWatch(n.inotify, dir, unix.IN_CREATE|unix.IN_MOVED_TO|unix.IN_DELETE); err != nil {
+			problems = append(problems, fmt.Sprintf("%s: cannot watch %s: %v", f.path, dir, err))
+		}
+		n.check(i)
+		if s.problem != "" {
+			problems = append(problems, f.path+": "+s.problem)
+		}
+	}
+	go n.watch() // ends with the process
+	return problems, nil
+}
+
+// watch mends mounts whenever something may have changed.
+func (n *names) watch() {
+	fds := []unix.PollFd{
+		{Fd: int32(n.info), Events: unix.POLLPRI},
+		{Fd: int32(n.inotify), Events: unix.POLLIN},
+	}
+	events := make([]byte, 4096)
+	wait := -1
+	for {
+		if _, err := unix.Poll(fds, wait); err != nil && !errors.Is(err, unix.EINTR) {
+			n.guest.logf("watch of names ended", "/etc", err)
+			return
+		}
+		for { // only the time of an event matters
+			if _, err := unix.Read(n.inotify, events); err != nil {
+				break
+			}
+		}
+		wait = -1
+		for i := range n.files {
+			before := n.state[i].problem
+			mended, again := n.check(i)
+			if again {
+				wait = retryAfter
+			}
+			n.report(i, before, mended)
+		}
+	}
+}
+
+// report logs a change.
+func (n *names) report(i int, before string, mended bool) {
+	now := n.state[i].problem
+	switch {
+	case mended:
+		n.guest.logf("the host replaced a file; mounted ours again", n.files[i].path, nil)
+	case now != before && now != "":
+		n.guest.logf("the host's file shows in the guest", n.files[i].path, errors.New(now))
+	}
+}
+
+// check mounts file i unless it is in place. again asks for another call soon.
+func (n *names) check(i int) (mended, again bool) {
+	f, s := n.files[i], &n.state[i]
+	var st unix.Stat_t
+	if err := unix.Stat(f.path, &st); err == nil && st.Dev == s.want.Dev && st.Ino == s.want.Ino {
+		s.problem = ""
+		return false, false
+	}
+	if s.mountID != "" && mounted(s.mountID) {
+		s.problem = "something in the guest is mounted over it"
+		return false, false
+	}
+	s.mountID = ""
+	id, err := bindName(s.source, f.path)
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		// Missing, or about to be replaced: if the name is there, it soon will.
+		s.problem = "the host has none; it is mounted when one appears"
+		return false, unix.Lstat(f.path, &st) == nil
+	case err != nil:
+		s.problem = err.Error()
+		return false, false
+	}
+	s.mountID, s.problem = id, ""
+	return true, false
+}
+
+// bindName mounts the file behind source on the very name path and returns the number of
+// the mount.
+func bindName(source int, path string) (string, error) {
+	target, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", err
+	}
+	defer unix.Close(target)
+	err = unix.Mount(fdPath(source), fdPath(target), "", unix.MS_BIND, "")
+	if err != nil {
+		return "", fmt.Errorf("mount: %w", err)
+	}
+	top, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", err
+	}
+	defer unix.Close(top)
+	return mountID(top)
+}
+
+// fdPath is a path to what fd refers to.
+func fdPath(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
+
+// mountID returns the number that mountinfo has for the mount fd was opened on.
+func mountID(fd int) (string, error) {
+	b, err := os.ReadFile("/proc/self/fdinfo/" + strconv.Itoa(fd))
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(b)) {
+		if v, ok := strings.CutPrefix(line, "mnt_id:"); ok {
+			return strings.TrimSpace(v), nil
+		}
+	}
+	return "", errors.New("fdinfo has no mnt_id")
+}
+
+// mounted tells whether a mount is still there. When that cannot be told it is not.
+func mounted(id string) bool {
+	list, err := readMounts()
+	if err != nil {
+		return false
+	}
+	for _, m := range list {
+		if strconv.Itoa(m.id) == id {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,133 @@
+package nsagent
+
+import (
+	"net/netip"
+	"os"
+	"time"
+)
+
+// DefaultTUN is the usual name of the guest's network device.
+const DefaultTUN = "slipway0"
+
+// DefaultStopTimeout is the usual time between TERM and KILL. dockerd gives its
+// containers 15 s (its --shutdown-timeout) and needs a little for itself.
+const DefaultStopTimeout = 20 * time.Second
+
+// Spec says what a guest's namespaces look like. It is fixed at Start.
+type Spec struct {
+	// Rootless makes a user namespace of the guest's own in which the caller
+	// is root. It is needed for an ordinary user and allowed for root.
+	Rootless bool
+	// PrivateMounts cuts mount propagation both ways. Without it the guest
+	// sees the host's mounts come and go, and the host never sees the guest's.
+	PrivateMounts bool
+	// PIDNamespace gives the guest process numbers and a /proc of its own.
+	PIDNamespace bool
+	// Join, if not nil, serves a namespace that somebody else made. Nothing is
+	// created then: Rootless, PrivateMounts, PIDNamespace, ResolvConf and
+	// Hosts are ignored, since the mounts are somebody else's too.
+	Join *Join
+
+	// TUN is the guest's network device. An empty name means DefaultTUN.
+	TUN TUN
+	// Addresses are the guest's own, each with the prefix of its subnet.
+	Addresses []netip.Prefix
+	// Gateway4 and Gateway6 are slipway's addresses on the device. An invalid
+	// one leaves its family without routes.
+	Gateway4, Gateway6 netip.Addr
+	// Default4 and Default6 ask for a default route by the gateway; without
+	// one the rest of the world is unreachable at once.
+	Default4, Default6 bool
+	// Mirror are further destinations with a route by the gateway.
+	Mirror []netip.Prefix
+
+	// ResolvConf and Hosts are files of ours on the host which appear as
+	// /etc/resolv.conf and /etc/hosts in the guest. Rewriting them in place
+	// shows at once; they should be readable by everybody (mode 0644), as
+	// others than root run in the guest. Empty leaves the host's file.
+	ResolvConf, Hosts string
+
+	// IdentitySNAT keeps the guest's MASQUERADE rules from hiding containers.
+	IdentitySNAT bool
+	// PingRange opens ping sockets to every group of the guest.
+	PingRange bool
+
+	// StopTimeout is how long commands may take to end after TERM before they
+	// are killed. Zero means DefaultStopTimeout, negative kills at once.
+	StopTimeout time.Duration
+}
+
+// TUN names the guest's network device.
+type TUN struct {
+	Name string // at most 15 bytes
+	MTU  int    // bytes of IP packet; 1280 to 65535, zero means 1500
+}
+
+// Join names a network namespace by exactly one of its fields.
+type Join struct {
+	PID   int    // a process in it; the namespace is gone when this process is
+	NetNS string // a file such as /run/netns/NAME; gone when PATH is another file
+}
+
+// Mapping tells how user and group IDs of the guest relate to those of the host.
+type Mapping string
+
+// The kinds of mappings.
+const (
+	MappingNone     Mapping = "none"     // no user namespace: they are the same
+	MappingRanges   Mapping = "ranges"   // 0 is the caller, the others come from /etc/subuid and /etc/subgid
+	MappingIdentity Mapping = "identity" // every ID is itself; for root without ranges
+	MappingSingle   Mapping = "single"   // 0 is the caller and there is no other
+)
+
+// Report is what Start found out. An empty reason means that all is well; none of
+// them keeps the guest from running.
+type Report struct {
+	Mapping Mapping `json:"mapping"`
+	// MappingNote is why there is only a single ID, if something is missing.
+	MappingNote string `json:"mapping_note,omitempty"`
+	// PingRange is the guest's net.ipv4.ping_group_range, or empty if it was
+	// left alone; PingNote is why.
+	PingRange string `json:"ping_range,omitempty"`
+	PingNote  string `json:"ping_note,omitempty"`
+	// SNAT is why the identity SNAT could not be loaded: a guest's containers
+	// may then share one address.
+	SNAT string `json:"snat,omitempty"`
+	// Sys is why /sys shows the host's network devices.
+	Sys string `json:"sys,omitempty"`
+	// IPv6 is why the guest has no IPv6.
+	IPv6 string `json:"ipv6,omitempty"`
+	// Names is why /etc/resolv.conf or /etc/hosts is not ours (yet).
+	Names []string `json:"names,omitempty"`
+	// Routes are the mirrored routes that the kernel refused, each with why.
+	Routes []string `json:"routes,omitempty"`
+}
+
+// Command is a program to start in the guest.
+type Command struct {
+	// Args are the program and its arguments. A program without a slash is
+	// looked up in the PATH of Env, in the guest. Bytes other than NUL may
+	// appear; all together with Env at most 2 MiB, the kernel's usual limit.
+	Args []string
+	Env  []string // NAME=value
+	// Dir is the working directory, an absolute path in the guest. Empty means
+	// the one the agent was started in.
+	Dir string
+	// Stdin, Stdout and Stderr are handed to the program; nil means
+	// /dev/null. They stay the caller's and may be closed after Exec.
+	Stdin, Stdout, Stderr *os.File
+	// TTY makes Stdin, a terminal that is nobody's yet, the controlling
+	// terminal of the program.
+	TTY bool
+	// Main keeps the program in the daemon's own session and process group, so
+	// that the terminal treats both as one job: Ctrl-C and Ctrl-Z reach it
+	// without our help, a shell may take the terminal and hand it back. Every
+	// other command gets a session of its own.
+	Main bool
+}
+
+// Status is how a process ended.
+type Status struct {
+	Code   int       // the exit status; 128 + n after signal n, as shells say it
+	Signal os.Signal // the signal that ended it, or nil
+}

@@ -1,0 +1,190 @@
+package nsagent
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"runtime"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// The wire between daemon and agent is a stream socketpair. A message is a header
+// (length of the body in bytes and number of files, each 32 bits big endian), to
+// which SCM_RIGHTS attaches the files, followed by a JSON body. A stream carries a
+// body of any length where a datagram would have to fit the socket's send buffer,
+// about 200 KiB, and a command line may have 2 MiB. The kernel never merges bytes
+// that carry files with bytes sent before, so files arrive with their header.
+const (
+	wireHeader = 8
+	// maxBody bounds a body in bytes: 2 MiB of arguments and environment become
+	// 2.7 MiB in base64.
+	maxBody = 4 << 20
+	// maxFiles is the most files one message carries: stdin, stdout, stderr.
+	maxFiles = 3
+)
+
+// wire is one end. One goroutine may read while any number write.
+type wire struct {
+	conn *net.UnixConn
+	mu   sync.Mutex // one writer at a time
+}
+
+// newWire takes over f, one end of a stream socketpair.
+func newWire(f *os.File) (*wire, error) {
+	defer f.Close()
+	c, err := net.FileConn(f) // duplicates f
+	if err != nil {
+		return nil, err
+	}
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		c.Close()
+		return nil, fmt.Errorf("not a unix socket but %T", c)
+	}
+	return &wire{conn: u}, nil
+}
+
+// send writes one message. The files stay the caller's.
+func (w *wire) send(body any, files ...*os.File) error {
+	b, err := json.Marshal(body)
+	if err != nil {
+		return err
+	}
+	if len(b) > maxBody {
+		return fmt.Errorf("message of %d bytes: %w", len(b), unix.E2BIG)
+	}
+	var head [wireHeader]byte
+	binary.BigEndian.PutUint32(head[0:], uint32(len(b)))
+	binary.BigEndian.PutUint32(head[4:], uint32(len(files)))
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := w.sendHead(head[:], files); err != nil {
+		return err
+	}
+	_, err = w.conn.Write(b)
+	return err
+}
+
+// sendHead writes head with files attached. The caller must hold mu.
+func (w *wire) sendHead(head []byte, files []*os.File) error {
+	if len(files) == 0 {
+		_, err := w.conn.Write(head)
+		return err
+	}
+	fds := make([]int, len(files))
+	for i, f := range files {
+		fd, err := rawFD(f)
+		if err != nil {
+			return err
+		}
+		fds[i] = fd
+	}
+	n, _, err := w.conn.WriteMsgUnix(head, unix.UnixRights(fds...), nil)
+	runtime.KeepAlive(files)
+	if err != nil || n == len(head) {
+		return err
+	}
+	_, err = w.conn.Write(head[n:])
+	return err
+}
+
+// receive reads one message into body. The caller owns the files, which are closed
+// on exec; there are none when err is not nil. It returns io.EOF at the end of the
+// stream, if and only if that is between two messages.
+func (w *wire) receive(body any) (files []*os.File, err error) {
+	defer func() {
+		if err != nil {
+			closeAll(files)
+			files = nil
+		}
+	}()
+	var head [wireHeader]byte
+	for n := 0; n < len(head); {
+		k, more, err := w.read(head[n:])
+		files = append(files, more...)
+		switch {
+		case err != nil:
+			return files, err
+		case k == 0 && n == 0:
+			return files, io.EOF
+		case k == 0:
+			return files, io.ErrUnexpectedEOF
+		}
+		n += k
+	}
+	size := binary.BigEndian.Uint32(head[0:])
+	if size > maxBody {
+		return files, fmt.Errorf("message of %d bytes, the limit is %d", size, maxBody)
+	}
+	if want := binary.BigEndian.Uint32(head[4:]); uint64(want) != uint64(len(files)) {
+		return files, fmt.Errorf("message with %d files announces %d", len(files), want)
+	}
+	b := make([]byte, size)
+	if _, err := io.ReadFull(w.conn, b); err != nil {
+		return files, fmt.Errorf("body: %w", noEOF(err))
+	}
+	return files, json.Unmarshal(b, body)
+}
+
+// read reads some bytes into b and the files that came with them.
+func (w *wire) read(b []byte) (int, []*os.File, error) {
+	oob := make([]byte, unix.CmsgSpace(maxFiles*4))
+	n, oobn, flags, _, err := w.conn.ReadMsgUnix(b, oob) // sets MSG_CMSG_CLOEXEC
+	if err != nil && err != io.EOF {
+		return 0, nil, err
+	}
+	var files []*os.File
+	cmsgs, err := unix.ParseSocketControlMessage(oob[:oobn])
+	if err != nil {
+		return n, nil, err
+	}
+	for i := range cmsgs {
+		fds, err := unix.ParseUnixRights(&cmsgs[i])
+		if err != nil {
+			continue // another kind of control message
+		}
+		for _, fd := range fds {
+			files = append(files, os.NewFile(uintptr(fd), "passed"))
+		}
+	}
+	if flags&unix.MSG_CTRUNC != 0 {
+		return n, files, fmt.Errorf("more than %d files in a message, or no file descriptor left", maxFiles)
+	}
+	return n, files, nil
+}
+
+func (w *wire) close() error { return w.conn.Close() }
+
+// rawFD returns the descriptor of f, valid while f is kept alive and open. File.Fd
+// would make the open file blocking, for everybody who has it.
+func rawFD(f *os.File) (int, error) {
+	c, err := f.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	n := -1
+	err = c.Control(func(fd uintptr) { n = int(fd) })
+	return n, err
+}
+
+// noEOF turns the end of the stream inside a message into an error.
+func noEOF(err error) error {
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// closeAll closes files, of which some may be nil.
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		if f != nil {
+			f.Close()
+		}
+	}
+}
