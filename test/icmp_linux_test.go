@@ -1,0 +1,119 @@
+package test
+
+import (
+	"fmt"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/slipway-net/slipway/test/topo"
+)
+
+func ping(f family, args ...string) []string {
+	version := "-4"
+	if f.v6 {
+		version = "-6"
+	}
+	return append([]string{"ping", version, "-n", "-q", "-W", "2"}, args...)
+}
+
+// TestPing: echoes reach the target and come back, of any size, and nobody
+// answers for the dead.
+func TestPing(t *testing.T) {
+	need(t, "ping")
+	eachGuest(t, func(t *testing.T, g *guest) {
+		eachFamily(t, func(t *testing.T, f family) {
+			for _, size := range []string{"0", "56", "1472", "8000"} {
+				r := g.run(t, ping(f, "-c", "3", "-i", "0.01", "-s", size, f.world.String())...)
+				if r.code != 0 || !strings.Contains(r.stdout, "3 received") {
+					t.Errorf("ping of %s bytes: status %d\n%s%s", size, r.code, r.stdout, r.stderr)
+				}
+			}
+			r := g.run(t, ping(f, "-c", "1", f.gateway.String())...)
+			if r.code != 0 {
+				t.Errorf("ping of the gateway: status %d\n%s%s", r.code, r.stdout, r.stderr)
+			}
+			dead, hole := topo.Dead4, topo.BlackHole4
+			if f.v6 {
+				dead, hole = topo.Dead6, topo.BlackHole6
+			}
+			for _, a := range []netip.Addr{dead, hole} {
+				if r := g.run(t, ping(f, "-c", "1", a.String())...); r.code == 0 || !strings.Contains(r.stdout, " 0 received") {
+					t.Errorf("ping of %v, where nobody is: status %d\n%s", a, r.code, r.stdout)
+				}
+			}
+		})
+	})
+}
+
+// TestTimeExceeded: an echo whose hop limit runs out is answered by the router
+// where that happens.
+func TestTimeExceeded(t *testing.T) {
+	need(t, "ping")
+	eachGuest(t, func(t *testing.T, g *guest) {
+		eachFamily(t, func(t *testing.T, f family) {
+			for ttl, who := range map[string]netip.Addr{"1": f.gateway, "2": f.router} {
+				args := slices.DeleteFunc(ping(f, "-c", "1", "-t", ttl, f.world.String()), func(s string) bool { return s == "-q" })
+				r := g.run(t, args...)
+				if !strings.Contains(r.stdout, fmt.Sprintf("From %v icmp_seq=1 Time", who)) {
+					t.Errorf("hop limit %s: not told by %v\n%s%s", ttl, who, r.stdout, r.stderr)
+				}
+			}
+		})
+	})
+}
+
+// TestTraceroute: traceroute and mtr show the true path, for ICMP and UDP.
+func TestTraceroute(t *testing.T) {
+	need(t, "traceroute", "mtr")
+	eachGuest(t, func(t *testing.T, g *guest) {
+		eachFamily(t, func(t *testing.T, f family) {
+			version := "-4"
+			if f.v6 {
+				version = "-6"
+			}
+			want := []string{f.gateway.String(), f.router.String(), f.world.String()}
+			for _, args := range [][]string{
+				{"traceroute", version, "-n", "-q", "1", "-w", "2", "-m", "6", f.world.String()},
+				{"traceroute", version, "-n", "-I", "-q", "1", "-w", "2", "-m", "6", f.world.String()},
+				{"mtr", version, "-n", "--report", "--report-wide", "-c", "1", "-G", "2", f.world.String()},
+				{"mtr", version, "-n", "--udp", "--report", "--report-wide", "-c", "1", "-G", "2", f.world.String()},
+			} {
+				r := g.run(t, args...)
+				if got := hops(r.stdout); r.code != 0 || !slices.Equal(got, want) {
+					t.Errorf("%s: status %d, hops %v, expected %v\n%s%s", strings.Join(args, " "), r.code, got, want, r.stdout, r.stderr)
+				}
+			}
+		})
+	})
+}
+
+// hopLine matches "  2  198.51.100.1  0.1 ms" and "  2.|-- 198.51.100.1  0.0% ...".
+var hopLine = regexp.MustCompile(`(?m)^ *\d+(?:\.\|--)? +([0-9a-f.:]+|\*|\?\?\?) `)
+
+func hops(out string) []string {
+	var all []string
+	for _, m := range hopLine.FindAllStringSubmatch(out, -1) {
+		all = append(all, m[1])
+	}
+	return all
+}
+
+// TestUnreachablePing: a router's word about an echo reaches the one who sent it.
+func TestUnreachablePing(t *testing.T) {
+	need(t, "ping")
+	eachGuest(t, func(t *testing.T, g *guest) {
+		eachFamily(t, func(t *testing.T, f family) {
+			a, router := topo.Unreachable4, topo.Router4
+			if f.v6 {
+				a, router = topo.Unreachable6, topo.Router6
+			}
+			args := slices.DeleteFunc(ping(f, "-c", "1", a.String()), func(s string) bool { return s == "-q" })
+			if r := g.run(t, args...); r.code == 0 || !strings.Contains(r.stdout, fmt.Sprintf("From %v icmp_seq=1 Destination", router)) {
+				t.Errorf("status %d\n%s%s", r.code, r.stdout, r.stderr)
+			}
+		})
+	})
+}
