@@ -25,8 +25,10 @@ type Config struct {
 	Policy *Policy      // what may be dialled
 	Log    *slog.Logger // nil discards
 
-	// MaxUDP bounds the UDP mappings; zero means 16384.
-	MaxUDP int
+	// MaxTCP bounds the TCP flows, MaxUDP the UDP mappings; each costs a
+	// descriptor. One guest address may have two thirds. Zero means 65536 and
+	// 16384.
+	MaxTCP, MaxUDP int
 }
 
 // Forwarder carries one guest's flows.
@@ -37,6 +39,7 @@ type Forwarder struct {
 	pool   flow.BufPool
 	udp    *udpMaps
 	pings  *pings
+	tcp    *share
 	stats  tcpCounters
 
 	mu     sync.Mutex // guards the fields below
@@ -50,13 +53,23 @@ type tcpCounters struct {
 	connected, refused, unreachable, timedOut, denied, cancelled, failed atomic.Uint64
 }
 
+// defaultMaxTCP is more than one target's ephemeral ports; at 40 KiB each it is 2.5
+// GiB of memory.
+const defaultMaxTCP = 65536
+
 // New makes a Forwarder. The caller closes it.
 func New(cfg Config) *Forwarder {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	log := cfg.Log.With(slog.String("component", "forward"))
-	f := &Forwarder{table: cfg.Table, policy: cfg.Policy, log: log, relays: make(map[*relay]struct{})}
+	if cfg.MaxTCP == 0 {
+		cfg.MaxTCP = defaultMaxTCP
+	}
+	f := &Forwarder{
+		table: cfg.Table, policy: cfg.Policy, log: log,
+		tcp: newShare(cfg.MaxTCP), relays: make(map[*relay]struct{}),
+	}
 	f.idle.L = &f.mu
 	f.udp = newUDPMaps(udpConfig{Guest: cfg.Guest, Table: cfg.Table, Policy: cfg.Policy, Log: log, Max: cfg.MaxUDP})
 	f.pings = newPings(pingConfig{Guest: cfg.Guest, Table: cfg.Table, Policy: cfg.Policy, Log: log})
@@ -72,16 +85,32 @@ func (f *Forwarder) Decide(ctx context.Context, t flow.Tuple) flow.Verdict {
 		return deniedVerdict(err)
 	}
 	fl := &flow.Flow{Tuple: t, Decided: decision, Path: flow.Netstack, Dialled: dials[0], Started: time.Now()}
-	f.table.Open(fl)
+	if !f.open(fl) {
+		return flow.Verdict{Answer: flow.Silence} // the guest will try again
+	}
 	conn, err := dialAny(ctx, dials)
 	if err != nil {
-		fl.SetState(flow.Closed)
-		f.table.Close(fl)
+		f.close(fl)
 		return f.failed(ctx, t, err)
 	}
 	f.stats.connected.Add(1)
 	fl.SetState(flow.Open)
 	return flow.Verdict{Answer: flow.Connect, Host: conn, Flow: fl}
+}
+
+// open makes fl's entry, unless its guest has too many; close takes it away.
+func (f *Forwarder) open(fl *flow.Flow) bool {
+	if !f.tcp.take(fl.Tuple.Guest.Addr()) {
+		return false
+	}
+	f.table.Open(fl)
+	return true
+}
+
+func (f *Forwarder) close(fl *flow.Flow) {
+	fl.SetState(flow.Closed)
+	f.table.Close(fl)
+	f.tcp.give(fl.Tuple.Guest.Addr())
 }
 
 // deniedVerdict is the answer to a target that policy refuses.
@@ -133,8 +162,7 @@ func (f *Forwarder) failed(ctx context.Context, t flow.Tuple, err error) flow.Ve
 // Discard takes back a connecting Verdict whose guest has gone.
 func (f *Forwarder) Discard(v flow.Verdict) {
 	v.Host.Abort()
-	v.Flow.SetState(flow.Closed)
-	f.table.Close(v.Flow)
+	f.close(v.Flow)
 }
 
 // Datagram carries a guest's UDP datagram. It does not block.

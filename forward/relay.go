@@ -41,8 +41,7 @@ func (r *relay) abort() {
 // Relay joins guest with v.Host until both have ended, or ctx does, and closes both.
 func (f *Forwarder) Relay(ctx context.Context, guest flow.Conn, v flow.Verdict) {
 	r := &relay{guest: guest, host: v.Host, flow: v.Flow}
-	defer f.table.Close(r.flow)
-	defer r.flow.SetState(flow.Closed)
+	defer f.close(r.flow)
 	if !f.begin(r) {
 		r.abort()
 		return

@@ -27,13 +27,13 @@ type joined struct {
 // join dials two loopback connections and relays between them.
 func join(t *testing.T, ctx context.Context) *joined {
 	t.Helper()
-	f := &Forwarder{table: table.New(), relays: make(map[*relay]struct{})}
+	f := &Forwarder{table: table.New(), tcp: newShare(10), relays: make(map[*relay]struct{})}
 	f.idle.L = &f.mu
 	ours, guest := connected(t)
 	theirs, target := connected(t)
 	j := &joined{guest: guest, target: target, fwd: f, done: make(chan struct{}),
 		flow: &flow.Flow{Tuple: flow.Tuple{Proto: flow.TCP}}}
-	f.table.Open(j.flow)
+	f.open(j.flow)
 	go func() {
 		f.Relay(ctx, ours, flow.Verdict{Answer: flow.Connect, Host: theirs, Flow: j.flow})
 		close(j.done)
