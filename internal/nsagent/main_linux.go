@@ -10,7 +10,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -35,7 +35,7 @@ type guest struct {
 	spec  Spec
 	procs *children
 	names *names
-	nft   *nftables.Conn // owns our tables
+	nft   *netlink.Conn // owns our tables
 	undo  []func()       // what to take back in a namespace that is not ours, last first
 }
 
@@ -67,7 +67,9 @@ func runAgent() error {
 		g.takeBack()
 		return w.send(event{Failed: wireErrorOf(err)})
 	}
-	return g.serve()
+	err = g.serve()
+	g.releaseSNAT()
+	return err
 }
 
 // keepSignals makes signals that are meant for commands harmless for the agent, which

@@ -44,6 +44,10 @@ func testSpec(t testing.TB) Spec {
 func TestDemo(t *testing.T) {
 	spec := testSpec(t)
 	spec.Rootless = os.Getenv("ROOTLESS") != ""
+	spec.IdentitySNAT = os.Getenv("NOSNAT") == ""
+	if os.Getenv("NONAMES") != "" {
+		spec.ResolvConf, spec.Hosts = "", ""
+	}
 	spec.PIDNamespace = os.Getenv("PIDNS") != ""
 	t0 := time.Now()
 	a, err := Start(context.Background(), spec, slog.Default())
@@ -67,5 +71,6 @@ func TestDemo(t *testing.T) {
 	t.Logf("close %v", time.Since(t1))
 	t1 = time.Now()
 	a.TUN().Close()
+	a.Release()
 	t.Logf("tun close %v", time.Since(t1))
 }

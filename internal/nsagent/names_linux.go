@@ -20,17 +20,18 @@ import (
 // of the link opened with O_PATH and O_NOFOLLOW does not.
 //
 // When the host replaces the name in /etc by rename(2) or removes it, the kernel takes
-// away every mount on it in other namespaces. Two things wake us: mountinfo has an
-// exceptional condition whenever a mount of the namespace changes (proc(5)), which also
-// tells of an umount in the guest; and inotify tells when the new file is there, since
-// the mount is gone slightly before. Programs in the guest can see the host's file for
-// that moment, a fraction of a millisecond.
+// away every mount on it in other namespaces. mountinfo has an exceptional condition then,
+// as whenever a mount of the namespace changes (proc(5)), so we hear of an umount in the
+// guest as well. The mount goes slightly before the new file comes, so we may have to try
+// again. Programs in the guest can see the host's file for that moment, a millisecond or
+// so. Only while a name is missing on the host we need inotify to learn when it is there;
+// it is not made before, because closing it takes the kernel up to 20 ms.
 type names struct {
 	guest   *guest
 	files   []nameFile
 	state   []nameState
 	info    int // mountinfo
-	inotify int
+	inotify int // of the directories of missing names, or -1
 }
 
 // nameFile is a name in the guest and the file of ours that appears there.
@@ -44,13 +45,13 @@ type nameState struct {
 	problem string      // why it is not mounted, or empty
 }
 
-// retryAfter is the pause in milliseconds before trying again what failed though nothing
-// is wrong with it, such as the old name between losing its mount and being replaced.
-const retryAfter = 20
+// retryAfter is the pause in milliseconds before trying again on a name that has just
+// lost its mount and is about to be replaced.
+const retryAfter = 1
 
 // newNames takes the files that have something of ours.
 func newNames(g *guest, files []nameFile) *names {
-	n := &names{guest: g}
+	n := &names{guest: g, inotify: -1}
 	for _, f := range files {
 		if f.ours != "" {
 			n.files = append(n.files, f)
@@ -68,9 +69,6 @@ func (n *names) start() (problems []string, err error) {
 	if n.info, err = unix.Open("/proc/self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
 		return nil, &Error{Op: "open", On: "/proc/self/mountinfo", Err: err}
 	}
-	if n.inotify, err = unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK); err != nil {
-		return nil, &Error{Op: "watch", On: "/etc", Err: err, Hint: "raise the limit: sudo sysctl -w fs.inotify.max_user_instances=1024"}
-	}
 	n.state = make([]nameState, len(n.files))
 	for i, f := range n.files {
 		s := &n.state[i]
@@ -80,11 +78,9 @@ func (n *names) start() (problems []string, err error) {
 		if err = unix.Fstat(s.source, &s.want); err != nil {
 			return nil, &Error{Op: "stat", On: f.ours, Err: err}
 		}
-		dir := filepath.Dir(f.path)
-		if _, err := unix.InotifyAddWatch(n.inotify, dir, unix.IN_CREATE|unix.IN_MOVED_TO|unix.IN_DELETE); err != nil {
-			problems = append(problems, fmt.Sprintf("%s: cannot watch %s: %v", f.path, dir, err))
+		if _, again := n.check(i); again { // it is being replaced just now
+			n.check(i)
 		}
-		n.check(i)
 		if s.problem != "" {
 			problems = append(problems, f.path+": "+s.problem)
 		}
@@ -95,18 +91,17 @@ func (n *names) start() (problems []string, err error) {
 
 // watch mends mounts whenever something may have changed.
 func (n *names) watch() {
-	fds := []unix.PollFd{
-		{Fd: int32(n.info), Events: unix.POLLPRI},
-		{Fd: int32(n.inotify), Events: unix.POLLIN},
-	}
 	events := make([]byte, 4096)
-	wait := -1
-	for {
+	for wait := -1; ; {
+		fds := []unix.PollFd{
+			{Fd: int32(n.info), Events: unix.POLLPRI},
+			{Fd: int32(n.inotify), Events: unix.POLLIN}, // ignored when negative, poll(2)
+		}
 		if _, err := unix.Poll(fds, wait); err != nil && !errors.Is(err, unix.EINTR) {
 			n.guest.logf("watch of names ended", "/etc", err)
 			return
 		}
-		for { // only the time of an event matters
+		for n.inotify >= 0 { // only the time of an event matters
 			if _, err := unix.Read(n.inotify, events); err != nil {
 				break
 			}
@@ -149,16 +144,35 @@ func (n *names) check(i int) (mended, again bool) {
 	s.mountID = ""
 	id, err := bindName(s.source, f.path)
 	switch {
+	case errors.Is(err, unix.ENOENT) && (unix.Lstat(f.path, &st) == nil || n.await(f.path)):
+		return false, true // about to be replaced, or just came
 	case errors.Is(err, unix.ENOENT):
-		// Missing, or about to be replaced: if the name is there, it soon will.
-		s.problem = "the host has none; it is mounted when one appears"
-		return false, unix.Lstat(f.path, &st) == nil
+		s.problem = "the host has none; ours is mounted when one appears"
+		return false, false
 	case err != nil:
 		s.problem = err.Error()
 		return false, false
 	}
 	s.mountID, s.problem = id, ""
 	return true, false
+}
+
+// await watches the directory of a missing name. It tells whether the name is there now.
+func (n *names) await(path string) bool {
+	if n.inotify < 0 {
+		fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+		if err != nil {
+			n.guest.logf("cannot watch for a missing file", path, err)
+			return false
+		}
+		n.inotify = fd
+	}
+	if _, err := unix.InotifyAddWatch(n.inotify, filepath.Dir(path), unix.IN_CREATE|unix.IN_MOVED_TO); err != nil {
+		n.guest.logf("cannot watch for a missing file", path, err)
+		return false
+	}
+	var st unix.Stat_t
+	return unix.Lstat(path, &st) == nil
 }
 
 // bindName mounts the file behind source on the very name path and returns the number of

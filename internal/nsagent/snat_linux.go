@@ -67,7 +67,25 @@ func (g *guest) identitySNAT(r *Report) {
 			r.SNAT = fmt.Sprintf("load nftables for %s: %v", f.words, err)
 		}
 	}
-	g.nft = conn // the owner of the tables
+	g.nft = nl // the owner of the tables
+}
+
+// releaseSNAT lets our tables go, in a namespace of our own without waiting for it.
+func (g *guest) releaseSNAT() {
+	if g.nft == nil || g.spec.Join != nil {
+		return // the end of the process does it
+	}
+	c, err := g.nft.SyscallConn()
+	if err != nil {
+		return
+	}
+	spare := -1
+	c.Control(func(fd uintptr) { spare, _ = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0) })
+	if spare < 0 {
+		return
+	}
+	g.nft.Close()
+	closeLater(spare)
 }
 
 // loadSNAT loads one table.

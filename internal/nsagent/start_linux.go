@@ -57,8 +57,20 @@ func Start(ctx context.Context, spec Spec, log *slog.Logger) (*Agent, error) {
 		}
 		return nil, err
 	}
+	a.keepSpare()
 	a.serve()
 	return a, nil
+}
+
+// keepSpare duplicates the TUN's descriptor for Release.
+func (a *Agent) keepSpare() {
+	fd, err := rawFD(a.tun)
+	if err == nil {
+		a.spare, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	}
+	if err != nil {
+		a.spare = -1
+	}
 }
 
 // complete fills in defaults and checks what would otherwise fail late.
