@@ -99,6 +99,7 @@ type Stack struct {
 	ip    *stack.Stack
 	ep    *endpoint
 	dials dials
+	bufs  buffers
 	ident atomic.Uint32 // IPv4 identification and IPv6 fragment identification of our own packets
 	stats counters
 
@@ -172,21 +173,11 @@ func (s *Stack) setUp() error {
 // otherwise leave more than a million entries.
 const timeWait = time.Second
 
-// Buffer sizes in bytes: what a connection starts with and what it may grow to.
-// 4 MiB fills a path of 10 Gbit/s and 3 ms, far more than the link has. The guest's
-// data waits here when its target is slow, and the target's when the guest is.
-const (
-	bufDefault = 1 << 20
-	bufMax     = 4 << 20
-)
-
 func (s *Stack) tuneTCP() error {
 	tw := tcpip.TCPTimeWaitTimeoutOption(timeWait)
 	sack := tcpip.TCPSACKEnabled(true)
 	moderate := tcpip.TCPModerateReceiveBufferOption(false)
-	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: 4096, Default: bufDefault, Max: bufMax}
-	snd := tcpip.TCPSendBufferSizeRangeOption{Min: 4096, Default: bufDefault, Max: bufMax}
-	for _, o := range []tcpip.SettableTransportProtocolOption{&tw, &sack, &moderate, &rcv, &snd} {
+	for _, o := range []tcpip.SettableTransportProtocolOption{&tw, &sack, &moderate} {
 		if terr := s.ip.SetTransportProtocolOption(tcp.ProtocolNumber, o); terr != nil {
 			return fmt.Errorf("set tcp option %T: %s", o, terr)
 		}

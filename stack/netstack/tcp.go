@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"log/slog"
 	"net"
 	"net/netip"
 	"time"
@@ -36,7 +37,7 @@ import (
 func (s *Stack) setHandlers() {
 	// Our own bounds are lower than this one, which must never act: it would drop
 	// without telling.
-	requests := tcp.NewForwarder(s.ip, bufDefault, 2*s.cfg.MaxDials+1, s.serveTCP)
+	requests := tcp.NewForwarder(s.ip, bufMost, 2*s.cfg.MaxDials+1, s.serveTCP)
 	s.ip.SetTransportProtocolHandler(tcp.ProtocolNumber, func(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 		return s.tcpHandler(requests, id, pkt)
 	})
@@ -99,6 +100,7 @@ func (s *Stack) serveTCP(r *tcp.ForwarderRequest) {
 	guest, v := s.answer(r)
 	if guest != nil {
 		s.forward.Relay(s.ctx, guest, v)
+		s.bufs.leave()
 	}
 }
 
@@ -127,10 +129,14 @@ func (s *Stack) answer(r *tcp.ForwarderRequest) (*guestConn, flow.Verdict) {
 // connect completes the guest's handshake. On failure it gives the verdict back and
 // returns nil.
 func (s *Stack) connect(r *tcp.ForwarderRequest, v flow.Verdict) *guestConn {
+	if err := s.bufs.enter(s.ip); err != nil {
+		s.log.Error("buffers keep their size", slog.Any("err", err))
+	}
 	wq := new(waiter.Queue)
 	ep, terr := r.CreateEndpoint(wq)
 	r.Complete(false)
 	if terr != nil {
+		s.bufs.leave()
 		s.forward.Discard(v)
 		return nil
 	}
