@@ -1,0 +1,352 @@
+package forward
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/slipway-net/slipway/internal/flow"
+)
+
+// hostUDPSockets opens the host's UDP sockets.
+type hostUDPSockets struct{ poll poller }
+
+func newUDPSockets() udpSockets { return new(hostUDPSockets) }
+
+// open implements udpSockets.
+func (u *hostUDPSockets) open(v6 bool, m *udpMapping) (udpSocket, error) {
+	fd, err := unix.Socket(domainOf(v6), unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("make udp socket: %w", err)
+	}
+	if err := reportAll(fd, v6); err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1) // Linux 5.0; without it datagrams come one by one
+	s := &hostUDP{mapping: m, poll: &u.poll, header: headerOptions{v6: v6}}
+	s.fd.open(fd)
+	if err := u.poll.add(fd, s); err != nil {
+		s.fd.close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func (u *hostUDPSockets) close() { u.poll.close() }
+
+func domainOf(v6 bool) int {
+	if v6 {
+		return unix.AF_INET6
+	}
+	return unix.AF_INET
+}
+
+// reportAll has fd report ICMP errors, and the TTL and TOS of what it receives.
+func reportAll(fd int, v6 bool) error {
+	opts := [...][2]int{{unix.SOL_IP, unix.IP_RECVERR}, {unix.SOL_IP, unix.IP_RECVTTL}, {unix.SOL_IP, unix.IP_RECVTOS}}
+	if v6 {
+		opts = [...][2]int{{unix.SOL_IPV6, unix.IPV6_RECVERR}, {unix.SOL_IPV6, unix.IPV6_RECVHOPLIMIT}, {unix.SOL_IPV6, unix.IPV6_RECVTCLASS}}
+		if err := unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1); err != nil {
+			return fmt.Errorf("set socket option IPV6_V6ONLY: %w", err)
+		}
+	}
+	for _, o := range opts {
+		if err := unix.SetsockoptInt(fd, o[0], o[1], 1); err != nil {
+			return fmt.Errorf("set socket option %d of level %d: %w", o[1], o[0], err)
+		}
+	}
+	return nil
+}
+
+// sharedFD is a file descriptor that several goroutines use and one closes: it is
+// closed when the last has let go of it, so that its number is never another file's.
+type sharedFD struct {
+	fd     int
+	users  atomic.Int32 // and one for not being closed
+	closed atomic.Bool
+}
+
+func (s *sharedFD) open(fd int) {
+	s.fd = fd
+	s.users.Store(1)
+}
+
+// use returns false when the descriptor is closed; else done must follow.
+func (s *sharedFD) use() bool {
+	for {
+		n := s.users.Load()
+		if n == 0 {
+			return false
+		}
+		if s.users.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
+}
+
+func (s *sharedFD) done() {
+	if s.users.Add(-1) == 0 {
+		unix.Close(s.fd)
+	}
+}
+
+func (s *sharedFD) close() {
+	if !s.closed.Swap(true) {
+		s.done()
+	}
+}
+
+// headerOptions are the socket options that make the IP header of what is sent. They
+// cost a system call each and are set on change only.
+type headerOptions struct {
+	v6   bool
+	hops uint8
+	tos  uint8
+	df   int8 // 0 unknown, 1 set, -1 not set
+}
+
+// set has fd send with these values. What a kernel refuses is not worth a datagram.
+func (o *headerOptions) set(fd int, hops, tos uint8, df bool) {
+	if hops == 0 {
+		hops = defaultHops
+	}
+	if hops != o.hops {
+		o.hops = hops
+		o.option(fd, unix.IP_TTL, unix.IPV6_UNICAST_HOPS, int(hops))
+	}
+	if tos != o.tos {
+		o.tos = tos
+		o.option(fd, unix.IP_TOS, unix.IPV6_TCLASS, int(tos))
+	}
+	want, value := int8(-1), unix.IP_PMTUDISC_DONT // the same numbers as IPV6_PMTUDISC
+	if df {
+		want, value = 1, unix.IP_PMTUDISC_DO
+	}
+	if want != o.df {
+		o.df = want
+		o.option(fd, unix.IP_MTU_DISCOVER, unix.IPV6_MTU_DISCOVER, value)
+	}
+}
+
+func (o *headerOptions) option(fd, opt4, opt6, value int) {
+	if o.v6 {
+		unix.SetsockoptInt(fd, unix.SOL_IPV6, opt6, value)
+		return
+	}
+	unix.SetsockoptInt(fd, unix.SOL_IP, opt4, value)
+}
+
+// hostUDP is a mapping's host socket.
+type hostUDP struct {
+	mapping *udpMapping
+	poll    *poller
+	fd      sharedFD
+
+	// of the sender
+	header headerOptions
+	to4    unix.SockaddrInet4
+	to6    unix.SockaddrInet6
+	oob    [32]byte // a control message with UDP_SEGMENT
+	noGSO  bool     // the route's device cannot, or the kernel is too old
+}
+
+// send implements udpSocket.
+func (s *hostUDP) send(d flow.Datagram, to netip.AddrPort) error {
+	if !s.fd.use() {
+		return errMappingClosed
+	}
+	defer s.fd.done()
+	s.header.set(s.fd.fd, d.Hops, d.TOS, d.DontFragment)
+	sa := s.sockaddr(to)
+	if d.Segment <= 0 || len(d.Payload) <= d.Segment {
+		return s.sendOne(d.Payload, nil, sa, to)
+	}
+	return s.sendTrain(&d, sa, to)
+}
+
+// sockaddr makes the kernel's form of to without an allocation.
+func (s *hostUDP) sockaddr(to netip.AddrPort) unix.Sockaddr {
+	if s.header.v6 {
+		s.to6.Port, s.to6.Addr = int(to.Port()), to.Addr().As16()
+		return &s.to6
+	}
+	s.to4.Port, s.to4.Addr = int(to.Port()), to.Addr().As4()
+	return &s.to4
+}
+
+// gsoSegments is how many datagrams every kernel with UDP_SEGMENT takes at once.
+const gsoSegments = 64
+
+// sendTrain sends d's datagrams with as few calls as the kernel allows. It stops at
+// the first that fails.
+func (s *hostUDP) sendTrain(d *flow.Datagram, sa unix.Sockaddr, to netip.AddrPort) error {
+	for rest := d.Payload; len(rest) > 0; {
+		n := min(len(rest), d.Segment*gsoSegments)
+		if !s.noGSO && n > d.Segment {
+			err := s.sendOne(rest[:n], s.segmentOOB(d.Segment), sa, to)
+			if err == nil || err == errSocketFull {
+				rest = rest[n:]
+				continue
+			}
+			// EINVAL: a datagram is longer than the MTU, or the kernel is old.
+			// EIO: no checksum offload on the route's device.
+			s.noGSO = errors.Is(err, unix.EIO) || errors.Is(err, unix.ENOPROTOOPT)
+		}
+		for part := rest[:n]; len(part) > 0; {
+			k := min(len(part), d.Segment)
+			if err := s.sendOne(part[:k], nil, sa, to); err != nil {
+				return err
+			}
+			part = part[k:]
+		}
+		rest = rest[n:]
+	}
+	return nil
+}
+
+// segmentOOB makes the control message UDP_SEGMENT.
+func (s *hostUDP) segmentOOB(size int) []byte {
+	oob := s.oob[:unix.CmsgSpace(2)]
+	putCmsgHeader(oob, unix.SOL_UDP, unix.UDP_SEGMENT, 2)
+	binary.NativeEndian.PutUint16(oob[unix.CmsgLen(0):], uint16(size))
+	return oob
+}
+
+// sendOne sends one message. An error that an earlier datagram left on the socket is
+// not this one's: it is taken off, and the message sent again.
+func (s *hostUDP) sendOne(payload, oob []byte, sa unix.Sockaddr, to netip.AddrPort) error {
+	fd := s.fd.fd
+	err := sendMsg(fd, payload, oob, sa)
+	if err == nil {
+		return nil
+	}
+	if isFull(err) {
+		return errSocketFull
+	}
+	unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+	if err = sendMsg(fd, payload, oob, sa); err == nil {
+		return nil
+	}
+	if isFull(err) {
+		return errSocketFull
+	}
+	if errors.Is(err, unix.EMSGSIZE) && oob == nil {
+		if mtu := routeMTU(to); mtu != 0 {
+			return &tooBigError{mtu}
+		}
+	}
+	return err
+}
+
+// sendMsg is one try to send; it does not allocate.
+func sendMsg(fd int, payload, oob []byte, to unix.Sockaddr) error {
+	for {
+		var err error
+		if oob == nil {
+			err = unix.Sendto(fd, payload, unix.MSG_DONTWAIT, to)
+		} else {
+			_, err = unix.SendmsgN(fd, payload, oob, to, unix.MSG_DONTWAIT)
+		}
+		if err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+// isFull reports whether the host had no memory or no room in a queue.
+func isFull(err error) bool {
+	return err == unix.EAGAIN || err == unix.ENOBUFS || err == unix.ENOMEM
+}
+
+// routeMTU asks the kernel for the MTU of its route to a, as known now, in bytes; 0 if
+// it does not say. The error of a refused datagram does not tell.
+func routeMTU(a netip.AddrPort) uint32 {
+	v6 := a.Addr().Is6()
+	fd, err := unix.Socket(domainOf(v6), unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0
+	}
+	defer unix.Close(fd)
+	if unix.Connect(fd, sockaddr(a)) != nil {
+		return 0
+	}
+	level, opt := unix.SOL_IP, unix.IP_MTU
+	if v6 {
+		level, opt = unix.SOL_IPV6, unix.IPV6_MTU
+	}
+	mtu, err := unix.GetsockoptInt(fd, level, opt)
+	if err != nil || mtu < 0 {
+		return 0
+	}
+	return uint32(mtu)
+}
+
+func (s *hostUDP) close() {
+	s.poll.remove(s.fd.fd)
+	s.fd.close()
+}
+
+// readyBatches is how many batches one socket gets before others have their turn.
+const readyBatches = 16
+
+// ready implements pollable.
+func (s *hostUDP) ready(events uint32, rx *recvBatch) {
+	if !s.fd.use() {
+		return
+	}
+	defer s.fd.done()
+	failed := events&unix.EPOLLERR != 0
+	if failed {
+		drainErrors(s.fd.fd, s.relayError)
+	}
+	for range readyBatches {
+		n, err := rx.recv(s.fd.fd)
+		if err == unix.EAGAIN {
+			return
+		}
+		s.relay(rx, n) // none after an error of something sent, which is off the socket now
+		if err == nil && n < recvBatchLen && !failed {
+			return
+		}
+	}
+	s.poll.again(s.fd.fd)
+}
+
+func (s *hostUDP) relayError(e sentError) {
+	s.mapping.hostError(hostError{
+		ICMP: flow.ICMP{Type: e.typ, Code: e.code}, from: e.from, to: e.to, mtu: e.mtu, quote: e.quote,
+	})
+}
+
+// relay passes n received messages on. Datagrams of one sender and size that follow
+// each other become a train, which costs the guest's side one packet.
+func (s *hostUDP) relay(rx *recvBatch, n int) {
+	for i := 0; i < n; {
+		from, a, b := rx.from(i), parseAncillary(rx.oob(i)), rx.payload(i)
+		i++
+		if a.segment >= len(b) {
+			a.segment = 0
+		}
+		size := len(b)
+		for ; i < n && a.segment == 0 && size > 0; i++ {
+			next := rx.payload(i)
+			if len(next) == 0 || len(next) > size || len(b)+len(next) > maxTrain ||
+				len(b)%size != 0 || rx.from(i) != from || parseAncillary(rx.oob(i)) != (ancillary{hops: a.hops, tos: a.tos}) {
+				break
+			}
+			b = append(b, next...) // b has the capacity of the whole buffer
+		}
+		if len(b) > size {
+			a.segment = size
+		}
+		s.mapping.fromHost(from, b, a.segment, a.hops, a.tos)
+	}
+}
+
+// maxTrain is the longest train in bytes: a whole packet of 64 KiB less headers.
+const maxTrain = 65535 - 40 - 8

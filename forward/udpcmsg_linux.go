@@ -1,0 +1,114 @@
+package forward
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// ancillary is what control messages say about a received datagram.
+type ancillary struct {
+	segment int   // size of the datagrams in a train, 0 for a single one
+	hops    uint8 // TTL or hop limit on arrival
+	tos     uint8
+}
+
+// parseAncillary reads the control messages in oob. Others, and broken ones, are
+// skipped.
+func parseAncillary(oob []byte) (a ancillary) {
+	a.hops = defaultHops
+	for len(oob) >= unix.CmsgLen(0) {
+		h, data, rest, err := unix.ParseOneSocketControlMessage(oob)
+		if err != nil {
+			return a
+		}
+		oob = rest
+		switch {
+		case h.Level == unix.SOL_UDP && h.Type == unix.UDP_GRO:
+			a.segment = int(cmsgNumber(data) & 0xffff)
+		case h.Level == unix.SOL_IP && h.Type == unix.IP_TTL, h.Level == unix.SOL_IPV6 && h.Type == unix.IPV6_HOPLIMIT:
+			a.hops = uint8(cmsgNumber(data))
+		case h.Level == unix.SOL_IP && h.Type == unix.IP_TOS, h.Level == unix.SOL_IPV6 && h.Type == unix.IPV6_TCLASS:
+			a.tos = uint8(cmsgNumber(data))
+		}
+	}
+	return a
+}
+
+// cmsgNumber reads an int, or the single byte of IP_TOS.
+func cmsgNumber(b []byte) uint32 {
+	switch {
+	case len(b) >= 4:
+		return binary.NativeEndian.Uint32(b)
+	case len(b) >= 1:
+		return uint32(b[0])
+	}
+	return 0
+}
+
+// defaultHops is the TTL of a packet whose sender does not say otherwise.
+const defaultHops = 64
+
+// sentError is one entry of a datagram socket's error queue.
+type sentError struct {
+	queuedError
+	to    netip.AddrPort // where the datagram went
+	quote []byte         // what the message quotes of it, after the IP or UDP header; borrowed
+}
+
+// errorQuote is the longest quotation: an ICMPv6 error has at most 1280 bytes.
+const errorQuote = 1280
+
+// errorRoom is memory to read an error queue with.
+type errorRoom struct {
+	quote [errorQuote]byte
+	oob   [512]byte
+}
+
+var errorRooms = sync.Pool{New: func() any { return new(errorRoom) }}
+
+// drainErrors gives fd's ICMP errors to f, oldest first, and forgets what the host's
+// kernel reported by itself: the sender was told.
+func drainErrors(fd int, f func(sentError)) {
+	room := errorRooms.Get().(*errorRoom)
+	defer errorRooms.Put(room)
+	for {
+		n, oobn, _, to, err := unix.Recvmsg(fd, room.quote[:], room.oob[:], unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return
+		}
+		e, ok := parseSentError(room.oob[:oobn])
+		if !ok || !e.icmp {
+			continue
+		}
+		switch sa := to.(type) {
+		case *unix.SockaddrInet4:
+			e.to = netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
+		case *unix.SockaddrInet6:
+			e.to = netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), uint16(sa.Port))
+		}
+		e.quote = room.quote[:n]
+		f(e)
+	}
+}
+
+// parseSentError finds the extended error in the control messages of an error queue.
+func parseSentError(oob []byte) (e sentError, ok bool) {
+	for len(oob) >= unix.CmsgLen(0) {
+		h, data, rest, err := unix.ParseOneSocketControlMessage(oob)
+		if err != nil {
+			return e, false
+		}
+		oob = rest
+		if h.Level == unix.SOL_IP && h.Type == unix.IP_RECVERR || h.Level == unix.SOL_IPV6 && h.Type == unix.IPV6_RECVERR {
+			e.queuedError, ok = parseExtendedErr(data)
+			return e, ok
+		}
+	}
+	return e, false
+}
