@@ -47,3 +47,9 @@ func (s *share) give(guest netip.Addr) {
 		delete(s.guests, guest)
 	}
 }
+
+func (s *share) len() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.n
+}
