@@ -122,6 +122,7 @@ type engine struct {
 	state  *os.ProcessState // set before done is closed
 
 	stdin   io.Closer
+	ended   bool
 	before  leftovers
 	capture *topo.Capture
 }
@@ -229,9 +230,14 @@ func (e *engine) enter(t testing.TB, inode uint64) {
 	t.Fatalf("engine %s: no process has namespace %d", e.name, inode)
 }
 
-// end stops the engine in order and looks for what it left.
+// end stops the engine in order and looks for what it left. A test may do so
+// before its end.
 func (e *engine) end(t testing.TB) {
 	t.Helper()
+	if e.ended {
+		return
+	}
+	e.ended = true
 	if t.Failed() {
 		e.dump(t)
 	}

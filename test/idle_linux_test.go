@@ -1,0 +1,101 @@
+package test
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestIdleFlows holds flows that say nothing: each costs the daemon at most two
+// descriptors and 40 KiB, and all still work at the end.
+func TestIdleFlows(t *testing.T) { holdFlows(t, 1000) }
+
+// TestLongIdleFlows is TestIdleFlows with the number of DESIGN section 9.
+func TestLongIdleFlows(t *testing.T) {
+	long(t)
+	holdFlows(t, 10_000)
+}
+
+func holdFlows(t *testing.T, count int) {
+	const (
+		fdsEach    = 2
+		memoryEach = 40 << 10
+	)
+	need(t, "ip", "nft")
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil || int(l.Max) < 2*count+1000 {
+		missing(t, "%d open files, the limit is %d", 2*count+1000, l.Max)
+	}
+	for _, k := range kinds {
+		if k.native {
+			continue
+		}
+		t.Run(k.name, func(t *testing.T) {
+			g := newGuest(t, newTopology(t), k, engineOptions{noCapture: true})
+			a := serve(t, g.net.World, at(families[0].world, 0), func(c *net.TCPConn) {
+				defer c.Close()
+				io.Copy(c, c)
+			})
+			held := make([]net.Conn, 0, count)
+			defer func() {
+				for _, c := range held {
+					c.Close()
+				}
+			}()
+			open := func(n int) {
+				if err := g.ns.Do(func() error {
+					for range n {
+						c, err := net.DialTimeout("tcp", a.String(), 10*time.Second)
+						if err != nil {
+							return fmt.Errorf("flow %d: %w", len(held), err)
+						}
+						held = append(held, c)
+					}
+					return nil
+				}); err != nil {
+					t.Fatal(err)
+				}
+				for _, c := range held[len(held)-n:] {
+					roundTrip(t, c)
+				}
+			}
+			open(10)
+			fds, rss := descriptors(t, g.engine), memory(t, g.engine)
+			open(count - 10)
+			fds, rss = descriptors(t, g.engine)-fds, memory(t, g.engine)-rss
+			t.Logf("each of %d flows: %.2f descriptors, %.1f KiB", count, float64(fds)/float64(count), float64(rss)/float64(count)/1024)
+			if fds > fdsEach*count || rss > memoryEach*count+4<<20 {
+				t.Errorf("%d flows take %d descriptors and %d KiB each", count, fds, rss/count>>10)
+			}
+			for _, c := range held {
+				roundTrip(t, c)
+			}
+		})
+	}
+}
+
+func roundTrip(t testing.TB, c net.Conn) {
+	t.Helper()
+	c.SetDeadline(time.Now().Add(10 * time.Second))
+	b := []byte("x")
+	if _, err := c.Write(b); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(c, b); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func descriptors(t testing.TB, e *engine) int {
+	t.Helper()
+	all, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", e.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(all)
+}
