@@ -203,8 +203,9 @@ func (p *pings) start(k pingKey) (*ping, error) {
 	if !ok {
 		return nil, errNoRoom
 	}
-	if victim != nil && p.remove(victim) {
+	if victim != nil {
 		p.count.evicted.Add(1)
+		victim.end()
 	}
 	one := &ping{pings: p, key: k, dial: r.dials[0].Addr()}
 	one.flow = &flow.Flow{
@@ -232,8 +233,8 @@ func (p *pings) start(k pingKey) (*ping, error) {
 	return one, nil
 }
 
-// reserve counts a new ping of guest and returns the one that has to end for it, if
-// one has to; ok is false when there is no room.
+// reserve counts a new ping of guest and returns the one that had to go for it, if one
+// had to: the caller ends it. ok is false when there is no room.
 func (p *pings) reserve(guest netip.Addr) (victim *ping, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -245,9 +246,16 @@ func (p *pings) reserve(guest netip.Addr) (victim *ping, ok bool) {
 		if victim = p.victimLocked(guest, own); victim == nil {
 			return nil, false
 		}
+		p.unlinkLocked(victim)
 	}
 	p.guests[guest]++
 	return victim, true
+}
+
+// unlinkLocked takes one from among the pings.
+func (p *pings) unlinkLocked(one *ping) {
+	delete(p.live, one.key)
+	p.releaseLocked(one.key.guest)
 }
 
 func (p *pings) releaseLocked(guest netip.Addr) {
@@ -286,21 +294,25 @@ func (o *ping) sooner(other *ping) bool {
 // remove ends one and reports whether it was still there.
 func (p *pings) remove(one *ping) bool {
 	p.mu.Lock()
-	if p.live[one.key] != one {
-		p.mu.Unlock()
-		return false
+	here := p.live[one.key] == one
+	if here {
+		p.unlinkLocked(one)
 	}
-	delete(p.live, one.key)
-	p.releaseLocked(one.key.guest)
 	p.mu.Unlock()
+	if here {
+		one.end()
+	}
+	return here
+}
 
-	one.mu.Lock()
-	one.sock.close()
-	one.sock = nil
-	one.mu.Unlock()
-	one.flow.SetState(flow.Closed)
-	p.cfg.Table.Close(one.flow)
-	return true
+// end closes the ping's socket and its entry in the table.
+func (o *ping) end() {
+	o.mu.Lock()
+	o.sock.close()
+	o.sock = nil
+	o.mu.Unlock()
+	o.flow.SetState(flow.Closed)
+	o.pings.cfg.Table.Close(o.flow)
 }
 
 // failed tells the guest why e was not sent, and counts it.

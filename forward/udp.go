@@ -229,11 +229,16 @@ func (u *udpMaps) sendNew(d flow.Datagram) {
 		if err == nil {
 			return
 		}
-		if err == errSocketFull || err == errNoRoom {
-			break
+		if localVerdict(d, err).Answer != flow.Unreachable && !errors.Is(err, errNoSocket) {
+			break // the other family would not help
 		}
 	}
 	u.sendFailed(d, err)
+}
+
+// localVerdict is what an error of the host's own kernel means to the guest.
+func localVerdict(d flow.Datagram, err error) flow.Verdict {
+	return (&DialError{Target: d.Target, Err: err}).verdict(d.Target.Addr().Is4())
 }
 
 // errNoRoom says that a limit allows no mapping, errNoSocket that the host gave none;
@@ -279,8 +284,7 @@ func (u *udpMaps) sendFailed(d flow.Datagram, err error) {
 	default:
 		u.count.failed.Add(1)
 	}
-	v := (&DialError{Target: d.Target, Err: err}).verdict(d.Target.Addr().Is4())
-	if v.Answer == flow.Unreachable {
+	if v := localVerdict(d, err); v.Answer == flow.Unreachable {
 		u.answer(d, v)
 	}
 }

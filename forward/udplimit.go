@@ -86,32 +86,42 @@ func (g *udpGuest) addPeers(n int) {
 	g.all.n.Add(int64(n))
 }
 
-// reserve makes room for a mapping of addr and returns its guest, nil if there is
-// none, and the mapping that has to end for it, nil if none has to. The caller must
-// hold mu of the maps.
-func (l *udpLimits) reserve(addr netip.Addr) (*udpGuest, *udpMapping) {
-	g := l.guests[addr]
+// reserveLocked makes room for a mapping of addr and returns its guest, nil if there is
+// none, and the mapping that had to go for it, nil if none had to: the caller ends
+// that. The caller must hold mu.
+func (u *udpMaps) reserveLocked(addr netip.Addr) (*udpGuest, *udpMapping) {
+	g := u.guests[addr]
 	if g == nil {
-		g = &udpGuest{addr: addr, all: &l.peers}
+		g = &udpGuest{addr: addr, all: &u.peers}
 	}
 	var victim *udpMapping
 	switch {
-	case g.n >= l.perGuest:
+	case g.n >= u.perGuest:
 		if victim = g.oldest(); victim == nil {
 			return nil, nil // all of them are just opening
 		}
-	case l.n >= l.max:
-		if victim = l.oldestUnanswered(); victim == nil {
+	case u.n >= u.max:
+		if victim = u.oldestUnanswered(); victim == nil {
 			victim = g.oldest()
 		}
 		if victim == nil {
 			return nil, nil
 		}
 	}
-	l.guests[addr] = g
+	u.guests[addr] = g
 	g.n++
-	l.n++
+	u.n++
+	if victim != nil {
+		u.unlinkLocked(victim)
+	}
 	return g, victim
+}
+
+// unlinkLocked takes m from among the mappings. The caller must hold mu.
+func (u *udpMaps) unlinkLocked(m *udpMapping) {
+	delete(u.live, m.key)
+	u.unlist(m)
+	u.release(m.place.guest)
 }
 
 // release takes back what reserve gave. The caller must hold mu of the maps.
@@ -128,12 +138,7 @@ func (l *udpLimits) enter(m *udpMapping) {
 	m.place.own, m.place.all = g.unanswered.PushBack(m), l.unanswered.PushBack(m)
 }
 
-// leave is the opposite of enter and release. The caller must hold mu of the maps.
-func (l *udpLimits) leave(m *udpMapping) {
-	l.unlist(m)
-	l.release(m.place.guest)
-}
-
+// unlist is the opposite of enter. The caller must hold mu of the maps.
 func (l *udpLimits) unlist(m *udpMapping) {
 	if m.place.all == nil {
 		m.place.guest.answered.Remove(m.place.own)
@@ -201,7 +206,7 @@ func (u *udpMaps) obtain(k udpKey, target, dial netip.AddrPort, decision flow.De
 	var guest *udpGuest
 	var victim *udpMapping
 	if !u.closed {
-		guest, victim = u.reserve(k.guest.Addr())
+		guest, victim = u.reserveLocked(k.guest.Addr())
 	}
 	u.mu.Unlock()
 	if guest == nil {
@@ -240,11 +245,14 @@ func (u *udpMaps) openSocket(m *udpMapping) (udpSocket, error) {
 	if victim == nil {
 		victim = m.place.guest.oldest()
 	}
+	if victim != nil {
+		u.unlinkLocked(victim)
+	}
 	u.mu.Unlock()
+	u.evict(victim)
 	if victim == nil {
 		return nil, err
 	}
-	u.evict(victim)
 	return u.sockets.open(m.key.v6, m)
 }
 
@@ -266,32 +274,29 @@ func (u *udpMaps) publish(m *udpMapping) *udpMapping {
 	return m
 }
 
-// evict ends victim for the sake of another, and counts it.
+// evict ends victim, which was unlinked for the sake of another, and counts it.
 func (u *udpMaps) evict(victim *udpMapping) {
 	if victim == nil {
 		return
 	}
-	answered := victim.answered.Load()
-	if !u.remove(victim) {
-		return
-	}
-	if answered {
+	if victim.answered.Load() {
 		u.count.evictedAnswered.Add(1)
-		return
+	} else {
+		u.count.evicted.Add(1)
 	}
-	u.count.evicted.Add(1)
+	victim.end()
 }
 
 // remove ends m and reports whether it was still there.
 func (u *udpMaps) remove(m *udpMapping) bool {
 	u.mu.Lock()
-	if u.live[m.key] != m {
-		u.mu.Unlock()
-		return false
+	here := u.live[m.key] == m
+	if here {
+		u.unlinkLocked(m)
 	}
-	delete(u.live, m.key)
-	u.leave(m)
 	u.mu.Unlock()
-	m.end()
-	return true
+	if here {
+		m.end()
+	}
+	return here
 }

@@ -1,7 +1,6 @@
 package forward
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"sync"
@@ -117,20 +116,17 @@ func (p *poller) startLocked() error {
 func (p *poller) run(raw syscall.RawConn) {
 	rx := newRecvBatch()
 	var events [pollEvents]unix.EpollEvent
-	for {
-		err := raw.Read(func(fd uintptr) bool {
-			n, err := unix.EpollWait(int(fd), events[:], 0)
-			if err != nil && !errors.Is(err, unix.EINTR) {
-				return false // cannot happen; wait rather than spin
-			}
-			for i := range max(n, 0) {
-				p.dispatch(&events[i], rx)
-			}
-			return n != 0 // else there is nothing left: wait
-		})
+	some := func(fd uintptr) bool {
+		n, err := unix.EpollWait(int(fd), events[:], 0)
 		if err != nil {
-			return // closed
+			return err == unix.EINTR // there is no other
 		}
+		for i := range n {
+			p.dispatch(&events[i], rx)
+		}
+		return n > 0 // else there is nothing left: wait
+	}
+	for raw.Read(some) == nil {
 	}
 }
 
