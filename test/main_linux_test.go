@@ -29,7 +29,7 @@ const (
 	envMissing = "SLIPWAY_TEST_MISSING" // why the inner process could not be made
 	envRequire = "NETNS_TESTS"          // "require": what is missing fails instead of skips
 	envLong    = "SLIPWAY_LONG"         // "1": the long tests too
-	envKeep    = "SLIPWAY_TEST_ARTIFACTS"
+	envKeep    = "SLIPWAY_TEST_ARTIFACTS" // folder for what a failed test keeps
 )
 
 // runTmp is TMPDIR of every slipway that the tests start.
