@@ -140,11 +140,7 @@ func TestPingRaw(t *testing.T) {
 func TestPingEndsWithContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	_, err := ping(ctx, loopback4)
-	if errors.Is(err, errNoPing) && !errors.Is(err, context.Canceled) {
-		missing(t, err)
-	}
-	if err == nil {
+	if _, err := ping(ctx, loopback4); err == nil {
 		t.Error("ping with an ended context: no error")
 	}
 }

@@ -56,6 +56,9 @@ func openPing(ctx context.Context, a netip.Addr) (net.Conn, string, error) {
 	if a.Is6() {
 		network = "ip6:ipv6-icmp"
 	}
+	if ctx.Err() != nil {
+		return nil, "", context.Cause(ctx)
+	}
 	raw, rawErr := new(net.Dialer).DialContext(ctx, network, a.String())
 	if rawErr != nil {
 		return nil, "", fmt.Errorf("%w: %s; raw socket: %s", errNoPing, why(err), why(rawErr))
