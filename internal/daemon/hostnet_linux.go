@@ -70,7 +70,7 @@ func destination(r netlink.Route, family int) netip.Prefix {
 	}
 	a, _ := netip.AddrFromSlice(r.Dst.IP)
 	ones, _ := r.Dst.Mask.Size()
-	return netip.PrefixFrom(a, ones).Masked()
+	return netip.PrefixFrom(a.Unmap(), ones).Masked() // package net may keep four bytes in sixteen
 }
 
 // widest is the shortest prefix that counts as a destination of its own. VPN clients

@@ -1,9 +1,13 @@
 package daemon
 
 import (
+	"net"
 	"net/netip"
 	"slices"
 	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 func prefixes(list ...string) (ps []netip.Prefix) {
@@ -71,6 +75,26 @@ func TestFreeSubnet(t *testing.T) {
 				t.Errorf("got %v, overlap %v", got, overlap)
 			}
 		})
+	}
+}
+
+func TestDestination(t *testing.T) {
+	_, v4, _ := net.ParseCIDR("0.0.0.0/0")
+	tests := []struct {
+		route  netlink.Route
+		family int
+		want   string
+	}{
+		{netlink.Route{}, unix.AF_INET, "0.0.0.0/0"},
+		{netlink.Route{}, unix.AF_INET6, "::/0"},
+		{netlink.Route{Dst: v4}, unix.AF_INET, "0.0.0.0/0"},
+		{netlink.Route{Dst: &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}}, unix.AF_INET, "0.0.0.0/0"},
+		{netlink.Route{Dst: &net.IPNet{IP: net.IPv4(10, 1, 2, 3), Mask: net.CIDRMask(8, 32)}}, unix.AF_INET, "10.0.0.0/8"},
+	}
+	for _, tt := range tests {
+		if got := destination(tt.route, tt.family); got.String() != tt.want {
+			t.Errorf("%v = %v, want %v", tt.route.Dst, got, tt.want)
+		}
 	}
 }
 
