@@ -136,11 +136,10 @@ type DNSStatus struct {
 
 // PingStatus says how echo requests leave the host and what the guest may do.
 type PingStatus struct {
-	Mode4      string `json:"ipv4"` // "ping socket", "raw socket" or "none"
-	Mode6      string `json:"ipv6"`
-	Hint       string `json:"hint,omitempty"`
+	Mode       string `json:"mode"`                       // "ping socket", "raw socket" or "unavailable"
+	Why        string `json:"why,omitempty"`              // it is unavailable
+	Hint       string `json:"hint,omitempty"`             // what would make it available
 	GroupRange string `json:"ping_group_range,omitempty"` // inside; empty when left alone
-	Note       string `json:"note,omitempty"`             // why it is not wider
 }
 
 // Policy is what a guest may reach on the host.

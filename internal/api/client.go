@@ -31,6 +31,9 @@ func NewClient(engine, path string) *Client {
 	return &Client{path: path, engine: engine, http: http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}}
 }
 
+// Close ends idle connections. The Client may be used again.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
 // Status returns the engine's status.
 func (c *Client) Status(ctx context.Context) (s Status, err error) {
 	return s, c.get(ctx, "/v1/status", &s)

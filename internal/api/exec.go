@@ -141,6 +141,12 @@ func passSignals(conn io.Reader, p Process) {
 // command has ended and returns its exit status; the error is an *Error when the engine
 // refused. When ctx ends, the command gets HUP and Exec returns ctx's error.
 func (c *Client) Exec(ctx context.Context, r ExecRequest, stdio [3]*os.File, signals <-chan os.Signal) (int, error) {
+	return c.ExecStarted(ctx, r, stdio, signals, func() {})
+}
+
+// ExecStarted is Exec, and calls passed when the engine has the files: the caller may
+// close its own.
+func (c *Client) ExecStarted(ctx context.Context, r ExecRequest, stdio [3]*os.File, signals <-chan os.Signal, passed func()) (int, error) {
 	conn, in, err := c.upgrade(ctx, r)
 	if err != nil {
 		return 0, err
@@ -150,9 +156,10 @@ func (c *Client) Exec(ctx context.Context, r ExecRequest, stdio [3]*os.File, sig
 	if err := sendFiles(conn, stdio); err != nil {
 		return 0, c.errorf("exec", err)
 	}
-	stop, passed := make(chan struct{}), make(chan struct{})
+	passed()
+	stop, done := make(chan struct{}), make(chan struct{})
 	go func() {
-		defer close(passed)
+		defer close(done)
 		out := json.NewEncoder(conn)
 		for {
 			select {
@@ -165,7 +172,7 @@ func (c *Client) Exec(ctx context.Context, r ExecRequest, stdio [3]*os.File, sig
 			}
 		}
 	}()
-	defer func() { close(stop); <-passed }()
+	defer func() { close(stop); <-done }()
 	return c.awaitExit(ctx, in)
 }
 

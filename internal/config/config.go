@@ -217,9 +217,9 @@ func (c *Config) values(name string) []Value {
 	return all
 }
 
-// maxName keeps "/run/user/UID/slipway/NAME/guest.sock" below the 107 bytes that a unix
+// maxName keeps "/run/user/UID/slipway/NAME/guest.sock" well below the 107 bytes that a unix
 // socket's path may have (sun_path in unix(7)), with room for a longer directory.
-const maxName = 48
+const maxName = 32
 
 // CheckName reports why name cannot be an engine's name: it is a directory's name, a
 // word of the command line and part of a log line.

@@ -1,0 +1,39 @@
+package main
+
+import (
+	"os"
+	"os/signal"
+
+	"github.com/spf13/cobra"
+
+	"github.com/slipway-net/slipway/internal/api"
+	"github.com/slipway-net/slipway/internal/daemon"
+)
+
+func newExec(code *int) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "exec ENGINE -- CMD [ARG...]",
+		Short: "Run a command inside a running engine's namespaces",
+		Long: "Run CMD inside all namespaces of a running engine, with this terminal, working directory\n" +
+			"and environment. The exit status is that of CMD.",
+		Args: words(2, -1, "ENGINE or CMD"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := daemon.ClientOf(args[0])
+			if err != nil {
+				return usage(cmd, err)
+			}
+			defer c.Close()
+			req := api.ExecRequest{Args: args[1:], Env: os.Environ()}
+			if dir, err := os.Getwd(); err == nil {
+				req.Dir = dir
+			}
+			signals := make(chan os.Signal, 16)
+			signal.Notify(signals, forwarded...)
+			defer signal.Stop(signals)
+			*code, err = execOn(cmd.Context(), c, req, signals)
+			return err
+		},
+	}
+	cmd.Flags().SetInterspersed(false)
+	return cmd
+}

@@ -1,0 +1,164 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"io"
+	"os"
+	"os/signal"
+	"slices"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/slipway-net/slipway/internal/api"
+)
+
+// watchEvery is how often --watch asks.
+const watchEvery = time.Second
+
+// engineFlow is a flow and whose it is.
+type engineFlow struct {
+	Engine string `json:"engine"`
+	api.Flow
+}
+
+func newFlows() *cobra.Command {
+	var asJSON, watch bool
+	var limit int
+	cmd := &cobra.Command{
+		Use:   "flows [ENGINE]",
+		Short: "List live flows, newest first",
+		Long: "List the live flows of an engine, or of all, newest first. With --watch again every second:\n" +
+			"on a terminal in place, in a pipe one listing after another, with --json one document a line.",
+		Args: words(0, 1, ""),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if limit < 0 {
+				return usage(cmd, strconv.ErrRange)
+			}
+			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			p := flowPrinter{out: cmd.OutOrStdout(), json: asJSON, watch: watch}
+			p.clear = watch && !asJSON && term.IsTerminal(int(os.Stdout.Fd()))
+			return p.run(ctx, args, limit)
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")
+	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "print again every second")
+	cmd.Flags().IntVar(&limit, "limit", 0, "only the newest `N` of each engine")
+	return cmd
+}
+
+// flowPrinter prints listings.
+type flowPrinter struct {
+	out                io.Writer
+	json, watch, clear bool
+}
+
+func (p flowPrinter) run(ctx context.Context, engines []string, limit int) error {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	for {
+		flows, err := askFlows(ctx, engines, limit)
+		if p.watch && ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := p.print(flows); err != nil || !p.watch {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// askFlows merges the lists of all engines, newest first.
+func askFlows(ctx context.Context, engines []string, limit int) ([]engineFlow, error) {
+	answers, err := askEach(ctx, engines, func(ctx context.Context, c *api.Client) (api.FlowList, error) { return c.Flows(ctx, limit) })
+	if err != nil {
+		return nil, err
+	}
+	flows := []engineFlow{}
+	for _, a := range answers {
+		if a.err != nil {
+			return nil, a.err
+		}
+		for _, f := range a.value.Flows {
+			flows = append(flows, engineFlow{a.engine, f})
+		}
+	}
+	slices.SortStableFunc(flows, func(a, b engineFlow) int { return b.Started.Compare(a.Started) })
+	return flows, nil
+}
+
+func (p flowPrinter) print(flows []engineFlow) error {
+	var b bytes.Buffer
+	switch {
+	case p.json && p.watch:
+		if err := json.NewEncoder(&b).Encode(map[string]any{"flows": flows}); err != nil {
+			return err
+		}
+	case p.json:
+		if err := printJSON(&b, map[string]any{"flows": flows}); err != nil {
+			return err
+		}
+	default:
+		if p.clear {
+			b.WriteString("\x1b[H\x1b[2J") // ECMA-48: cursor home, erase display
+		}
+		if err := printTable(&b, flowRows(flows)); err != nil {
+			return err
+		}
+		if p.watch && !p.clear {
+			b.WriteByte('\n')
+		}
+	}
+	_, err := p.out.Write(b.Bytes())
+	return err
+}
+
+func flowRows(flows []engineFlow) [][]string {
+	rows := [][]string{{"ENGINE", "PROTO", "GUEST", "TARGET", "NAME", "DECISION", "PATH", "STATE", "AGE", "OUT", "IN"}}
+	for _, f := range flows {
+		rows = append(rows, []string{
+			f.Engine, f.Proto.String(), f.Guest.String(), target(f.Flow), dash(printable(f.Name)), decision(f.Flow), string(f.Path), f.State,
+			ageText(time.Since(f.Started)), bytesText(f.ToHost.Bytes), bytesText(f.ToGuest.Bytes),
+		})
+	}
+	return rows
+}
+
+// target is what the guest asked for, and what was dialled when that is another.
+func target(f api.Flow) string {
+	text := f.Target.String()
+	if f.Target.Port() == 0 { // a ping
+		text = f.Target.Addr().String()
+	}
+	if f.Dialled.IsValid() && f.Dialled.Addr() != f.Target.Addr() {
+		text += " (" + f.Dialled.String() + ")"
+	}
+	return text
+}
+
+func decision(f api.Flow) string {
+	if f.Reason != "" {
+		return string(f.Decision) + ": " + printable(f.Reason)
+	}
+	return string(f.Decision)
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}

@@ -1,0 +1,120 @@
+package main
+
+import (
+	"fmt"
+	"runtime"
+
+	"github.com/spf13/cobra"
+
+	"github.com/slipway-net/slipway/internal/config"
+	"github.com/slipway-net/slipway/internal/daemon"
+	"github.com/slipway-net/slipway/internal/probe"
+)
+
+func newVersion() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "version",
+		Short: "Print the version",
+		Args:  words(0, 0, ""),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), map[string]string{
+					"version": version, "go": runtime.Version(), "os": runtime.GOOS, "arch": runtime.GOARCH,
+				})
+			}
+			_, err := fmt.Fprintf(cmd.OutOrStdout(), "slipway %s (%s %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			return err
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")
+	return cmd
+}
+
+func newConfig() *cobra.Command {
+	cmd := &cobra.Command{Use: "config", Short: "Look at the configuration", Args: unknownCommand,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
+	cmd.AddCommand(newConfigShow())
+	return cmd
+}
+
+func newConfigShow() *cobra.Command {
+	var f engineFlags
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "show [ENGINE]",
+		Short: "Print the settings in effect and where each comes from",
+		Args:  words(0, 1, ""),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := f.load(cmd)
+			if err != nil {
+				return err
+			}
+			name := ""
+			if len(args) == 1 {
+				if name = args[0]; config.CheckName(name) != nil {
+					return usage(cmd, config.CheckName(name))
+				}
+			}
+			return showConfig(cmd, c, name, asJSON)
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")
+	f.add(cmd)
+	return cmd
+}
+
+func showConfig(cmd *cobra.Command, c *config.Config, name string, asJSON bool) error {
+	values, err := c.Values(name)
+	if err != nil {
+		return err
+	}
+	if asJSON {
+		return printJSON(cmd.OutOrStdout(), map[string]any{"file": c.File(), "settings": values, "engines": c.Names()})
+	}
+	rows := make([][]string, 0, len(values))
+	for _, v := range values {
+		rows = append(rows, []string{v.Key + " = " + v.Value, "# " + v.Source})
+	}
+	return printTable(cmd.OutOrStdout(), rows)
+}
+
+func newProbe() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "probe [KIND=VALUE...]",
+		Short: "Try DNS, TCP, UDP, ping and host access from inside an engine",
+		Long: "Try every kind of traffic from where it is started, which should be inside an engine, one\n" +
+			"line for each with time and path. The exit status is 1 when one failed.\n\n" +
+			"Further targets are tried when they are given: tcp4, tcp6, udp4, udp6 with ADDRESS:PORT of an\n" +
+			"echo service, ping4, ping6 with ADDRESS, host-tcp, host-udp with a port of the host's loopback\n" +
+			"that host_access opens, name with a name to resolve.",
+		Example: "  slipway exec a -- slipway probe\n  slipway exec a -- slipway probe name=example.org ping4=198.51.100.7",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var t probe.Targets
+			for _, a := range args {
+				if err := t.Set(a); err != nil {
+					return usage(cmd, err)
+				}
+			}
+			results := []probe.Result{}
+			err := probe.Run(cmd.Context(), t, func(r probe.Result) {
+				results = append(results, r)
+				if !asJSON {
+					fmt.Fprintln(cmd.OutOrStdout(), probe.Format(r))
+				}
+			})
+			if asJSON {
+				if err := printJSON(cmd.OutOrStdout(), map[string]any{"ok": err == nil, "checks": results}); err != nil {
+					return err
+				}
+			}
+			if err != nil {
+				return &daemon.Problem{Err: err, Code: 1}
+			}
+			return nil
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")
+	return cmd
+}

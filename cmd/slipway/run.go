@@ -1,0 +1,224 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/slipway-net/slipway/internal/config"
+	"github.com/slipway-net/slipway/internal/daemon"
+)
+
+// engineFlags are what run, up and attach have in common.
+type engineFlags struct {
+	config   string
+	rootless bool
+}
+
+// settingFlags are flags that set a key of the configuration.
+var settingFlags = []struct{ flag, key, value, help string }{
+	{"path", "path", "PATH", "how flows travel: auto or netstack"},
+	{"host-access", "host_access", "PORTS", "ports of the host's loopback that the guest reaches: none, all, or a list like 80,8000-8010"},
+	{"isolate", "isolate", "LIST", "what is isolated besides the network: net,mount,pid"},
+	{"log-level", "log_level", "LEVEL", "debug, info, warn or error"},
+}
+
+func (f *engineFlags) add(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.config, "config", "", "configuration `FILE`, instead of slipway.toml in the usual places")
+	for _, s := range settingFlags {
+		cmd.Flags().String(s.flag, "", fmt.Sprintf("%s (`%s`)", s.help, s.value))
+	}
+}
+
+func (f *engineFlags) addRootless(cmd *cobra.Command) {
+	cmd.Flags().BoolVar(&f.rootless, "rootless", false, "give the guest a user namespace of its own also as root; others always get one")
+}
+
+// load reads the configuration and lays the flags over it.
+func (f *engineFlags) load(cmd *cobra.Command) (*config.Config, error) {
+	c, err := loadConfig(f.config)
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range settingFlags {
+		flag := cmd.Flags().Lookup(s.flag)
+		if flag == nil || !flag.Changed {
+			continue
+		}
+		if err := c.Set(s.key, flag.Value.String(), "--"+s.flag); err != nil {
+			return nil, usage(cmd, fmt.Errorf("--%s: %w", s.flag, err))
+		}
+	}
+	return c, nil
+}
+
+// loadConfig reads the file at path, or for "" the one in the usual places, if any.
+func loadConfig(path string) (*config.Config, error) {
+	if path == "" {
+		if path = config.Find(os.Geteuid()); path == "" {
+			return config.Default(), nil
+		}
+	}
+	c, err := config.Load(path)
+	var problems config.Problems
+	if errors.As(err, &problems) {
+		return nil, &daemon.Problem{Err: err, Hint: "nothing was started; slipway config show prints the settings in effect"}
+	}
+	return c, err
+}
+
+// options are those that every kind of engine has.
+func (f *engineFlags) options(cmd *cobra.Command, mode daemon.Mode, name string) (daemon.Options, error) {
+	c, err := f.load(cmd)
+	if err != nil {
+		return daemon.Options{}, err
+	}
+	if err := config.CheckName(name); err != nil {
+		return daemon.Options{}, usage(cmd, err)
+	}
+	o := daemon.Options{
+		Mode: mode, Name: name, Config: c, Rootless: f.rootless,
+		Env: os.Environ(), Version: version, Log: os.Stderr,
+	}
+	if c.File() != "" {
+		o.Reload = func() (*config.Config, error) { return f.load(cmd) }
+	}
+	return o, nil
+}
+
+func newRun(code *int) *cobra.Command {
+	var f engineFlags
+	var name string
+	cmd := &cobra.Command{
+		Use:   "run [flags] -- CMD [ARG...]",
+		Short: "Run a command in a fresh isolated namespace",
+		Long: "Run CMD in a fresh network namespace whose traffic leaves through this host's sockets.\n" +
+			"The exit status is that of CMD, 128+n after signal n; 125 when slipway itself failed\n" +
+			"before CMD started, 126 and 127 when CMD cannot be executed or is not found.\n" +
+			"TERM, HUP, QUIT, USR1, USR2 and WINCH are passed on, INT when there is no terminal.\n" +
+			"stop_timeout (20 s) after TERM, or at a second TERM, what is left is killed.",
+		Example: "  slipway run -- curl http://example.org/\n  slipway run --name a --host-access 5432 -- dockerd",
+		Args:    words(1, -1, "CMD"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if name == "" {
+				name = daemon.NameFor(args, os.Getpid())
+			}
+			o, err := f.options(cmd, daemon.ModeRun, name)
+			if err != nil {
+				return err
+			}
+			o.Command = args
+			*code, err = daemon.Run(cmd.Context(), o)
+			return err
+		},
+	}
+	cmd.Flags().SetInterspersed(false) // CMD's flags are its own, also without --
+	cmd.Flags().StringVar(&name, "name", "", "`NAME` of the engine; without one it is made of CMD and the pid")
+	f.add(cmd)
+	f.addRootless(cmd)
+	return cmd
+}
+
+func newUp(code *int) *cobra.Command {
+	var f engineFlags
+	cmd := &cobra.Command{
+		Use:   "up [ENGINE]",
+		Short: "Start a configured engine and stay in the foreground",
+		Long: "Start the engine that has a table [engine.NAME] with a command in the configuration, and\n" +
+			"stay in the foreground, as a service manager wants it. ENGINE may be left out when there\n" +
+			"is only one. HUP reads the configuration again: log_level changes at once, of other\n" +
+			"changes slipway says that they need a restart.",
+		Args: words(0, 1, ""),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := f.load(cmd)
+			if err != nil {
+				return err
+			}
+			name, err := chooseConfigured(c, args)
+			if err != nil {
+				return err
+			}
+			o, err := f.options(cmd, daemon.ModeUp, name)
+			if err != nil {
+				return err
+			}
+			e, err := o.Config.Engine(name)
+			if err != nil {
+				return err
+			}
+			o.Command, o.Dir = e.Command, e.Directory
+			for k, v := range e.Environment {
+				o.Env = append(o.Env, k+"="+v)
+			}
+			*code, err = daemon.Run(cmd.Context(), o)
+			return err
+		},
+	}
+	f.add(cmd)
+	f.addRootless(cmd)
+	return cmd
+}
+
+// chooseConfigured finds the configured engine that is meant.
+func chooseConfigured(c *config.Config, args []string) (string, error) {
+	names := c.Names()
+	hint := "configured: " + strings.Join(names, ", ")
+	switch {
+	case len(names) == 0:
+		hint = "write a table [engine.NAME] with a command into slipway.toml; slipway run needs none"
+	case len(args) == 0 && len(names) > 1:
+		return "", &daemon.Problem{Err: errors.New("start engine: which one is not said"), Hint: hint}
+	}
+	if len(args) == 0 && len(names) == 1 {
+		args = names
+	}
+	if len(args) == 0 {
+		return "", &daemon.Problem{Err: errors.New("start engine: none is configured"), Hint: hint}
+	}
+	e, err := c.Engine(args[0])
+	if err != nil {
+		return "", err
+	}
+	if len(e.Command) == 0 {
+		return "", &daemon.Problem{Err: fmt.Errorf("start engine on %s: it is not configured with a command", args[0]), Hint: hint}
+	}
+	return args[0], nil
+}
+
+func newAttach(code *int) *cobra.Command {
+	var f engineFlags
+	var name, netns string
+	var pid int
+	cmd := &cobra.Command{
+		Use:   "attach --pid N | --netns PATH",
+		Short: "Serve a namespace somebody else made, until it goes away",
+		Args:  words(0, 0, ""),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			byPID, byPath := cmd.Flags().Changed("pid"), cmd.Flags().Changed("netns")
+			if byPID == byPath {
+				return usage(cmd, errors.New("exactly one of --pid and --netns is needed"))
+			}
+			if byPID && pid <= 0 || byPath && netns == "" {
+				return usage(cmd, errors.New("a process number is above 0, and a path is not empty"))
+			}
+			if name == "" {
+				name = daemon.NameFor([]string{"attach"}, os.Getpid())
+			}
+			o, err := f.options(cmd, daemon.ModeAttach, name)
+			if err != nil {
+				return err
+			}
+			o.PID, o.NetNS = pid, netns
+			*code, err = daemon.Run(cmd.Context(), o)
+			return err
+		},
+	}
+	cmd.Flags().IntVar(&pid, "pid", 0, "process `N` is in the namespace")
+	cmd.Flags().StringVar(&netns, "netns", "", "`PATH` of the namespace, such as /run/netns/NAME")
+	cmd.Flags().StringVar(&name, "name", "", "`NAME` of the engine; without one it is made of the pid")
+	f.add(cmd)
+	return cmd
+}

@@ -1,0 +1,31 @@
+package daemon
+
+import (
+	"errors"
+
+	"github.com/slipway-net/slipway/internal/nsagent"
+)
+
+// exitCode is the exit status that an error of Run stands for.
+func exitCode(err error) int {
+	var ee *nsagent.ExecError
+	if errors.As(err, &ee) {
+		return ee.Code
+	}
+	return CodeFailed
+}
+
+// withHint makes a *Problem of an error that a user can do something about.
+func withHint(err error) error {
+	hint := ""
+	var ae *nsagent.Error
+	switch {
+	case errors.As(err, &ae):
+		hint = ae.Hint
+	case errors.Is(err, ErrRunning):
+		hint = "choose another name with --name, or see it with: slipway ls"
+	case errors.Is(err, ErrNotOurs):
+		hint = "somebody else made this directory, or others may write to it: look at it, then remove it"
+	}
+	return &Problem{Err: err, Hint: hint, Code: exitCode(err)}
+}

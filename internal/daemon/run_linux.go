@@ -1,0 +1,285 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"github.com/slipway-net/slipway/dns"
+	"github.com/slipway-net/slipway/forward"
+	"github.com/slipway-net/slipway/internal/config"
+	"github.com/slipway-net/slipway/internal/flow/table"
+	"github.com/slipway-net/slipway/internal/nsagent"
+	"github.com/slipway-net/slipway/stack/link"
+	"github.com/slipway-net/slipway/stack/netstack"
+)
+
+// Theory of operation.
+//
+// What starts later needs what started earlier, and is stopped before it:
+//
+//	state directory   the name is ours; nothing of an earlier engine is left
+//	host facts        routes and name servers, read once
+//	agent             namespaces, device, routes; from now on a process may exist inside
+//	stack, forward    the device's packets are served
+//	dns               on the gateway, in the stack
+//	api               on the socket in the state directory
+//	command           the guest; nobody else is started once it runs
+//
+// The guest keeps its network until its last process has ended: dockerd says goodbye
+// to registries and cluster managers. So the order of the end is: TERM to the guest,
+// stop_timeout, KILL (the agent does it), then api, dns, stack and forward, then the
+// files. Each part's goroutines have ended when its stop returns.
+//
+// The daemon may end without any of this (kill -9): the agent then ends the guest by
+// itself, the kernel takes sockets, device and namespaces, and what remains is the
+// state directory, whose lock is free.
+
+// engine is one engine while it runs.
+type engine struct {
+	opts  Options
+	cfg   config.Engine
+	log   *slog.Logger
+	level *slog.LevelVar
+
+	state    *stateDir
+	net      guestNet
+	started  time.Time
+	warnings []string // constant once the command runs
+
+	agent   *nsagent.Agent
+	main    atomic.Pointer[nsagent.Process] // nil before the command runs, and with attach
+	link    *link.TUN
+	table   *table.Table
+	stack   *netstack.Stack
+	policy  *forward.Policy
+	forward *forward.Forwarder
+	dns     *dns.Server
+}
+
+// Run starts an engine and blocks until it has ended and everything of it is gone. It
+// returns the command's exit status; with attach 0 when the namespace went away or a
+// signal said so. The error is why slipway could not start or go on; it is a *Problem
+// where there is a hint. Run takes over the process's signals meanwhile. When ctx ends,
+// the engine is stopped as by TERM.
+func Run(ctx context.Context, o Options) (int, error) {
+	e := &engine{opts: o, level: new(slog.LevelVar), started: time.Now()}
+	code, err := e.run(ctx)
+	if err != nil {
+		return exitCode(err), withHint(err)
+	}
+	return code, nil
+}
+
+func (e *engine) run(ctx context.Context) (code int, err error) {
+	if e.cfg, err = e.opts.Config.Engine(e.opts.Name); err != nil {
+		return 0, err
+	}
+	e.level.Set(e.cfg.LogLevel)
+	e.log = slog.New(slog.NewTextHandler(e.opts.Log, &slog.HandlerOptions{Level: e.level})).With(slog.String("engine", e.opts.Name))
+	signals := catchSignals()
+	defer signals.stop()
+
+	if e.state, err = openState(stateRoot(), e.opts.Name); err != nil {
+		return 0, err
+	}
+	defer func() {
+		if cerr := e.state.Close(); cerr != nil {
+			e.log.Warn("state directory not removed", slog.Any("err", cerr))
+		}
+	}()
+	if err := e.readHost(); err != nil {
+		return 0, err
+	}
+	if err := e.writeFiles(); err != nil {
+		return 0, err
+	}
+	if e.agent, err = nsagent.Start(ctx, e.spec(), e.log); err != nil {
+		return 0, err
+	}
+	defer e.agent.Release() // the device: its users have gone
+	return e.serve(ctx, signals)
+}
+
+// serve does what there is to do once the guest exists, and ends it.
+func (e *engine) serve(ctx context.Context, signals *signals) (int, error) {
+	killed, kill := context.WithCancel(context.WithoutCancel(ctx))
+	defer kill()
+	tun := e.agent.TUN()
+	services, err := e.startServices(ctx, tun)
+	if err != nil {
+		tun.Close()
+		kill() // nothing of the user's runs yet
+		return 0, errors.Join(err, e.agent.Close(killed))
+	}
+	defer services.stop()
+
+	var code int
+	if err = e.startMain(ctx); err == nil {
+		code, err = e.wait(ctx, signals, services, kill)
+	} else {
+		kill()
+	}
+	// A command that ended left nothing, or has children that need time.
+	ending := make(chan error, 1)
+	go func() { ending <- e.agent.Close(killed) }()
+	for {
+		select {
+		case cerr := <-ending:
+			return code, errors.Join(err, cerr)
+		case sig := <-signals.c:
+			if signals.ends(sig) {
+				kill()
+			}
+		}
+	}
+}
+
+// startServices makes the parts on the guest's device and sets them going. On error
+// the device stays the caller's.
+func (e *engine) startServices(ctx context.Context, tun *os.File) (*services, error) {
+	var err error
+	if e.link, err = link.NewTUN(tun, e.cfg.MTU); err != nil {
+		return nil, err
+	}
+	n := &e.net
+	e.table = table.New()
+	e.policy = forward.NewPolicy(forward.PolicyConfig{
+		Gateway4: n.Gateway4, Gateway6: n.Gateway6, Host4: n.Host4, Host6: n.Host6,
+		Subnets:       n.subnets(),
+		HostAccess:    hostAccess(e.cfg.HostAccess),
+		HostAddresses: forward.HostAddresses(e.cfg.HostAddresses),
+		Log:           e.log,
+	})
+	if e.stack, err = netstack.New(netstack.Config{
+		Link: e.link, Gateway4: n.Gateway4, Gateway6: n.Gateway6, Log: e.log, MaxDials: e.cfg.MaxDials,
+	}); err != nil {
+		return nil, err
+	}
+	e.forward = forward.New(forward.Config{
+		Guest: e.stack, Table: e.table, Policy: e.policy, Log: e.log, MaxUDP: e.cfg.MaxUDP,
+	})
+	e.dns = dns.New(dns.Config{Names: n.names(), Subnets: n.subnets(), Upstreams: n.upstreams, Log: e.log})
+
+	s := newServices(ctx)
+	s.onStop(e.forward.Close)
+	if err := e.addServices(s); err != nil {
+		s.stop()
+		return nil, err
+	}
+	return s, nil
+}
+
+// addServices starts what runs until the engine ends.
+func (e *engine) addServices(s *services) error {
+	const dnsPort = 53
+	packets, err := e.stack.ListenPacket(dnsPort)
+	if err != nil {
+		return fmt.Errorf("listen on udp port %d of the gateway: %w", dnsPort, err)
+	}
+	streams, err := e.stack.Listen(dnsPort)
+	if err != nil {
+		return fmt.Errorf("listen on tcp port %d of the gateway: %w", dnsPort, err)
+	}
+	s.start("netstack", func(ctx context.Context) error { return e.stack.Run(ctx, e.forward) })
+	s.start("dns", func(ctx context.Context) error { return e.dns.Serve(ctx, packets, streams) })
+	return e.addAPI(s)
+}
+
+// startMain starts the command, if there is one.
+func (e *engine) startMain(ctx context.Context) error {
+	if e.opts.Mode == ModeAttach {
+		return nil
+	}
+	dir := e.opts.Dir
+	if dir == "" {
+		dir, _ = os.Getwd() // a directory that was removed: the agent's own
+	}
+	p, err := e.agent.Exec(ctx, nsagent.Command{
+		Args: e.opts.Command, Env: e.opts.Env, Dir: dir,
+		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr,
+		Main: true,
+	})
+	if err == nil {
+		e.main.Store(p)
+	}
+	return err
+}
+
+// spec is what the agent makes.
+func (e *engine) spec() nsagent.Spec {
+	n := &e.net
+	s := nsagent.Spec{
+		Rootless:      e.opts.Rootless || os.Geteuid() != 0,
+		PrivateMounts: e.cfg.IsolateMount,
+		PIDNamespace:  e.cfg.IsolatePID,
+		TUN:           nsagent.TUN{Name: nsagent.DefaultTUN, MTU: e.cfg.MTU},
+		Addresses:     n.guestAddresses(),
+		Gateway4:      n.Gateway4,
+		Gateway6:      n.Gateway6,
+		Default4:      n.host.Default4,
+		Default6:      n.host.Default6,
+		Mirror:        n.mirrored,
+		ResolvConf:    e.state.file("resolv.conf"),
+		Hosts:         e.state.file("hosts"),
+		IdentitySNAT:  true,
+		PingRange:     true,
+		StopTimeout:   e.cfg.StopTimeout,
+	}
+	if s.StopTimeout == 0 {
+		s.StopTimeout = -1 // the agent's word for "at once"
+	}
+	if e.opts.Mode == ModeAttach {
+		s.Join = &nsagent.Join{PID: e.opts.PID, NetNS: e.opts.NetNS}
+	}
+	return s
+}
+
+// writeFiles fills the state directory with what is known before the guest exists.
+func (e *engine) writeFiles() error {
+	if err := e.state.write("pid", fmt.Appendf(nil, "%d\n", os.Getpid())); err != nil {
+		return fmt.Errorf("write state of engine %s: %w", e.opts.Name, err)
+	}
+	if err := e.state.write("resolv.conf", e.net.resolv.Guest(e.net.Gateway4, e.net.Gateway6)); err != nil {
+		return fmt.Errorf("write state of engine %s: %w", e.opts.Name, err)
+	}
+	host, err := os.ReadFile("/etc/hosts")
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		e.warn("read /etc/hosts of the host: %v", err)
+	}
+	if err := e.state.write("hosts", hostsFile(host, e.net.guestAddrs)); err != nil {
+		return fmt.Errorf("write state of engine %s: %w", e.opts.Name, err)
+	}
+	return nil
+}
+
+// linkNamespace makes the file netns. It is a symbolic link into /proc, not a bind
+// mount: it holds nothing, so that nothing keeps the namespace alive when we die.
+func (e *engine) linkNamespace() error {
+	target := filepath.Join("/proc", fmt.Sprint(e.agent.PID()), "ns", "net")
+	if err := os.Symlink(target, e.state.file("netns")); err != nil {
+		return fmt.Errorf("write state of engine %s: %w", e.opts.Name, err)
+	}
+	return nil
+}
+
+// warn notes something that does not work as it should, for the log and for status.
+func (e *engine) warn(format string, args ...any) {
+	w := fmt.Sprintf(format, args...)
+	e.warnings = append(e.warnings, w)
+	e.log.Warn(w)
+}
+
+// hostAccess is the same in forward's words.
+func hostAccess(h config.HostAccess) forward.HostAccess {
+	out := forward.HostAccess{All: h.All}
+	for _, p := range h.Ports {
+		out.Ports = append(out.Ports, forward.PortRange{First: p.First, Last: p.Last})
+	}
+	return out
+}

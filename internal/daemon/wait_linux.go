@@ -1,0 +1,188 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/slipway-net/slipway/internal/nsagent"
+)
+
+// passed are the signals that the command gets from us. A terminal sends QUIT and WINCH
+// to both of us, so that it gets them twice, which does no harm; INT it gets twice only
+// without this rule: with a terminal, the terminal alone sends it.
+var passed = []os.Signal{unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGINT}
+
+// signals is what the process was sent since catchSignals.
+type signals struct {
+	c        chan os.Signal
+	terminal bool // there is a controlling terminal
+}
+
+// catchSignals takes over the signals of passed. A signal that comes before somebody
+// reads waits.
+func catchSignals() *signals {
+	s := &signals{c: make(chan os.Signal, 16)}
+	if tty, err := os.OpenFile("/dev/tty", os.O_RDWR|unix.O_NOCTTY, 0); err == nil {
+		s.terminal = true
+		tty.Close()
+	}
+	signal.Notify(s.c, passed...)
+	return s
+}
+
+func (s *signals) stop() { signal.Stop(s.c) }
+
+// ends reports whether a signal asks a daemon whose command has ended, or that has
+// none, to end.
+func (s *signals) ends(sig os.Signal) bool {
+	return slices.Contains([]os.Signal{unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGQUIT}, sig)
+}
+
+// wait blocks until the engine is to end and returns the command's exit status. kill
+// makes the agent's end an end at once.
+func (e *engine) wait(ctx context.Context, signals *signals, s *services, kill func()) (int, error) {
+	main := e.main.Load()
+	if main == nil {
+		return 0, e.waitAttached(ctx, signals, s)
+	}
+	type result struct {
+		status nsagent.Status
+		err    error
+	}
+	exited := make(chan result, 1)
+	go func() { // ends when the agent has, which our caller sees to
+		status, err := main.Wait()
+		exited <- result{status, err}
+	}()
+	stop := stopper{engine: e, main: main}
+	defer stop.close()
+	done := ctx.Done()
+	for {
+		select {
+		case r := <-exited:
+			return r.status.Code, r.err
+		case err := <-s.failed:
+			return 0, err
+		case <-done:
+			done = nil
+			stop.signal(unix.SIGTERM)
+		case <-stop.expired():
+			e.log.Warn("the command does not end: it is killed", slog.Duration("stop_timeout", e.cfg.StopTimeout))
+			kill()
+			main.Signal(unix.SIGKILL)
+		case sig := <-signals.c:
+			if sig == unix.SIGINT && signals.terminal {
+				continue
+			}
+			if sig == unix.SIGHUP && e.opts.Mode == ModeUp {
+				e.reload()
+				continue
+			}
+			if stop.signal(sig.(syscall.Signal)) {
+				kill()
+				main.Signal(unix.SIGKILL)
+			}
+		}
+	}
+}
+
+// stopper passes signals to the command and counts what a TERM sets going: the command
+// has stop_timeout, and a second TERM is a KILL.
+type stopper struct {
+	engine *engine
+	main   *nsagent.Process
+	timer  *time.Timer
+}
+
+// signal passes sig on; it reports whether the command is to be killed instead.
+func (s *stopper) signal(sig syscall.Signal) bool {
+	if sig == unix.SIGTERM {
+		if s.timer != nil {
+			return true
+		}
+		s.timer = time.NewTimer(s.engine.cfg.StopTimeout)
+	}
+	if err := s.main.Signal(sig); err != nil {
+		s.engine.log.Warn("signal not passed on", slog.String("signal", sig.String()), slog.Any("err", err))
+	}
+	return false
+}
+
+func (s *stopper) expired() <-chan time.Time {
+	if s.timer == nil {
+		return nil
+	}
+	return s.timer.C
+}
+
+func (s *stopper) close() {
+	if s.timer != nil {
+		s.timer.Stop()
+	}
+}
+
+// waitAttached blocks until the namespace is gone or a signal comes.
+func (e *engine) waitAttached(ctx context.Context, signals *signals, s *services) error {
+	for {
+		select {
+		case <-e.agent.Done():
+			return nil
+		case <-ctx.Done():
+			return nil
+		case err := <-s.failed:
+			select {
+			case <-e.agent.Done(): // the device went with the namespace
+				return nil
+			default:
+				return err
+			}
+		case sig := <-signals.c:
+			if signals.ends(sig) {
+				return nil
+			}
+		}
+	}
+}
+
+// reload reads the configuration again, takes over what can change while an engine
+// runs, and says what cannot.
+func (e *engine) reload() {
+	if e.opts.Reload == nil {
+		e.log.Warn("configuration not read again: there is no file")
+		return
+	}
+	cfg, err := e.opts.Reload()
+	if err != nil {
+		for line := range strings.Lines(err.Error()) {
+			e.log.Error("configuration not changed", slog.String("err", strings.TrimSpace(line)))
+		}
+		return
+	}
+	was, err1 := e.opts.Config.Values(e.opts.Name)
+	now, err2 := cfg.Values(e.opts.Name)
+	settings, err3 := cfg.Engine(e.opts.Name)
+	if err := errors.Join(err1, err2, err3); err != nil {
+		e.log.Error("configuration not changed", slog.Any("err", err))
+		return
+	}
+	var restart []string
+	for i := range now {
+		if now[i].Value != was[i].Value && now[i].Key != "log_level" {
+			restart = append(restart, now[i].Key)
+		}
+	}
+	e.level.Set(settings.LogLevel)
+	e.log.Info("configuration read again", slog.String("log_level", settings.LogLevel.String()))
+	if len(restart) > 0 {
+		e.log.Warn("changed settings need a restart of the engine", slog.String("settings", strings.Join(restart, " ")))
+	}
+}
