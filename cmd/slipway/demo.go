@@ -52,7 +52,10 @@ func demoOptions(t probe.Targets) (daemon.Options, error) {
 	if err != nil {
 		return daemon.Options{}, fmt.Errorf("find our own program: %w", err)
 	}
-	command := append([]string{exe, "probe"}, t.Args()...)
+	command := []string{exe, "probe"}
+	for _, word := range t.Args() {
+		command = append(command, "--target", word)
+	}
 	if term.IsTerminal(int(os.Stdin.Fd())) && term.IsTerminal(int(os.Stdout.Fd())) {
 		// The status of the checks is the demonstration's, whatever the shell's is.
 		const script = `"$0" "$@"; status=$?; echo; echo "A shell inside the engine; leave it with exit."; "${SHELL:-/bin/sh}"; exit $status`

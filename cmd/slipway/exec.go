@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"os/signal"
 
@@ -18,12 +19,19 @@ func newExec(code *int) *cobra.Command {
 			"and environment. The exit status is that of CMD.",
 		Args: words(2, -1, "ENGINE or CMD"),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			command := args[1:]
+			if command[0] == "--" {
+				command = command[1:]
+			}
+			if len(command) == 0 {
+				return usage(cmd, errors.New("CMD is missing"))
+			}
 			c, err := daemon.ClientOf(args[0])
 			if err != nil {
 				return usage(cmd, err)
 			}
 			defer c.Close()
-			req := api.ExecRequest{Args: args[1:], Env: os.Environ()}
+			req := api.ExecRequest{Args: command, Env: os.Environ()}
 			if dir, err := os.Getwd(); err == nil {
 				req.Dir = dir
 			}

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"io"
 	"os"
 	"os/signal"
 	"slices"
@@ -42,7 +41,7 @@ func newFlows() *cobra.Command {
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
-			p := flowPrinter{out: cmd.OutOrStdout(), json: asJSON, watch: watch}
+			p := flowPrinter{cmd: cmd, json: asJSON, watch: watch}
 			p.clear = watch && !asJSON && term.IsTerminal(int(os.Stdout.Fd()))
 			return p.run(ctx, args, limit)
 		},
@@ -55,7 +54,7 @@ func newFlows() *cobra.Command {
 
 // flowPrinter prints listings.
 type flowPrinter struct {
-	out                io.Writer
+	cmd                *cobra.Command
 	json, watch, clear bool
 }
 
@@ -63,13 +62,17 @@ func (p flowPrinter) run(ctx context.Context, engines []string, limit int) error
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
 	for {
-		flows, err := askFlows(ctx, engines, limit)
+		answers, err := askEach(ctx, engines, func(ctx context.Context, c *api.Client) (api.FlowList, error) { return c.Flows(ctx, limit) })
 		if p.watch && ctx.Err() != nil {
 			return nil
 		}
 		if err != nil {
 			return err
 		}
+		if !p.watch {
+			reportSilent(p.cmd, answers)
+		}
+		flows := merge(answers)
 		if err := p.print(flows); err != nil || !p.watch {
 			return err
 		}
@@ -81,23 +84,16 @@ func (p flowPrinter) run(ctx context.Context, engines []string, limit int) error
 	}
 }
 
-// askFlows merges the lists of all engines, newest first.
-func askFlows(ctx context.Context, engines []string, limit int) ([]engineFlow, error) {
-	answers, err := askEach(ctx, engines, func(ctx context.Context, c *api.Client) (api.FlowList, error) { return c.Flows(ctx, limit) })
-	if err != nil {
-		return nil, err
-	}
+// merge puts the flows of all engines into one list, newest first.
+func merge(answers []answer[api.FlowList]) []engineFlow {
 	flows := []engineFlow{}
 	for _, a := range answers {
-		if a.err != nil {
-			return nil, a.err
-		}
 		for _, f := range a.value.Flows {
 			flows = append(flows, engineFlow{a.engine, f})
 		}
 	}
 	slices.SortStableFunc(flows, func(a, b engineFlow) int { return b.Started.Compare(a.Started) })
-	return flows, nil
+	return flows
 }
 
 func (p flowPrinter) print(flows []engineFlow) error {
@@ -122,7 +118,7 @@ func (p flowPrinter) print(flows []engineFlow) error {
 			b.WriteByte('\n')
 		}
 	}
-	_, err := p.out.Write(b.Bytes())
+	_, err := p.cmd.OutOrStdout().Write(b.Bytes())
 	return err
 }
 

@@ -68,7 +68,8 @@ func askStatus(ctx context.Context, c *api.Client) (api.Status, error) { return 
 // listed is one engine in the list.
 type listed struct {
 	Name          string   `json:"name"`
-	State         string   `json:"state"` // "running", or why it is not known
+	State         string   `json:"state"`           // "running" or "no answer"
+	Error         string   `json:"error,omitempty"` // why there is no answer
 	Mode          string   `json:"mode,omitempty"`
 	PID           int      `json:"pid,omitempty"`
 	UptimeSeconds float64  `json:"uptime_seconds,omitempty"`
@@ -94,11 +95,10 @@ func newLs() *cobra.Command {
 			if asJSON {
 				return printJSON(cmd.OutOrStdout(), map[string]any{"engines": list})
 			}
+			defer reportSilent(cmd, answers)
 			rows := [][]string{{"NAME", "STATE", "MODE", "PID", "UP", "FLOWS", "COMMAND"}}
 			for _, l := range list {
-				up := time.Duration(l.UptimeSeconds * float64(time.Second))
-				rows = append(rows, []string{l.Name, l.State, l.Mode, strconv.Itoa(l.PID), ageText(up),
-					strconv.Itoa(l.Flows), printable(strings.Join(l.Command, " "))})
+				rows = append(rows, l.row())
 			}
 			return printTable(cmd.OutOrStdout(), rows)
 		},
@@ -109,7 +109,7 @@ func newLs() *cobra.Command {
 
 func listedOf(a answer[api.Status]) listed {
 	if a.err != nil {
-		return listed{Name: a.engine, State: "does not answer: " + a.err.Error()}
+		return listed{Name: a.engine, State: "no answer", Error: a.err.Error()}
 	}
 	e := a.value.Engine
 	l := listed{Name: a.engine, State: "running", Mode: e.Mode, PID: e.PID, UptimeSeconds: e.UptimeSeconds, Command: e.Command}
@@ -117,6 +117,26 @@ func listedOf(a answer[api.Status]) listed {
 		l.Flows += f.Live
 	}
 	return l
+}
+
+func (l listed) row() []string {
+	if l.Error != "" {
+		return []string{l.Name, l.State}
+	}
+	up := time.Duration(l.UptimeSeconds * float64(time.Second))
+	return []string{l.Name, l.State, l.Mode, strconv.Itoa(l.PID), ageText(up), strconv.Itoa(l.Flows), printable(strings.Join(l.Command, " "))}
+}
+
+// reportSilent says of each engine that did not answer why, where a listing shows the
+// others only. It reports whether there was one.
+func reportSilent[T any](cmd *cobra.Command, answers []answer[T]) (some bool) {
+	for _, a := range answers {
+		if a.err != nil {
+			fmt.Fprintf(cmd.ErrOrStderr(), "slipway: engine %s: %v\n", a.engine, a.err)
+			some = true
+		}
+	}
+	return some
 }
 
 func newStatus() *cobra.Command {
@@ -133,17 +153,17 @@ func newStatus() *cobra.Command {
 			}
 			all := make([]api.Status, 0, len(answers))
 			for _, a := range answers {
-				if a.err != nil {
-					return a.err
+				if a.err == nil {
+					all = append(all, a.value)
 				}
-				all = append(all, a.value)
 			}
+			silent := reportSilent(cmd, answers)
 			switch {
 			case asJSON && len(args) == 1:
 				return printJSON(cmd.OutOrStdout(), all[0])
 			case asJSON:
 				return printJSON(cmd.OutOrStdout(), map[string]any{"engines": all})
-			case len(all) == 0:
+			case len(all) == 0 && !silent:
 				fmt.Fprintln(cmd.OutOrStdout(), "no engine is running")
 			}
 			for i, s := range all {

@@ -81,24 +81,20 @@ func showConfig(cmd *cobra.Command, c *config.Config, name string, asJSON bool) 
 
 func newProbe() *cobra.Command {
 	var asJSON bool
+	var targets probe.Targets
 	cmd := &cobra.Command{
-		Use:   "probe [KIND=VALUE...]",
+		Use:   "probe",
 		Short: "Try DNS, TCP, UDP, ping and host access from inside an engine",
 		Long: "Try every kind of traffic from where it is started, which should be inside an engine, one\n" +
 			"line for each with time and path. The exit status is 1 when one failed.\n\n" +
-			"Further targets are tried when they are given: tcp4, tcp6, udp4, udp6 with ADDRESS:PORT of an\n" +
-			"echo service, ping4, ping6 with ADDRESS, host-tcp, host-udp with a port of the host's loopback\n" +
-			"that host_access opens, name with a name to resolve.",
-		Example: "  slipway exec a -- slipway probe\n  slipway exec a -- slipway probe name=example.org ping4=198.51.100.7",
-		RunE: func(cmd *cobra.Command, args []string) error {
-			var t probe.Targets
-			for _, a := range args {
-				if err := t.Set(a); err != nil {
-					return usage(cmd, err)
-				}
-			}
+			"Further targets are tried when they are given with --target: tcp4, tcp6, udp4, udp6 with\n" +
+			"ADDRESS:PORT of an echo service, ping4, ping6 with ADDRESS, host-tcp, host-udp with a port of the\n" +
+			"host's loopback that host_access opens, name with a name to resolve.",
+		Example: "  slipway exec a -- slipway probe\n  slipway exec a -- slipway probe --target name=example.org --target ping4=198.51.100.7",
+		Args:    words(0, 0, ""),
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			results := []probe.Result{}
-			err := probe.Run(cmd.Context(), t, func(r probe.Result) {
+			err := probe.Run(cmd.Context(), targets, func(r probe.Result) {
 				results = append(results, r)
 				if !asJSON {
 					fmt.Fprintln(cmd.OutOrStdout(), probe.Format(r))
@@ -116,5 +112,6 @@ func newProbe() *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")
+	cmd.Flags().Var(&targets, "target", "`KIND=VALUE` to try besides; may be repeated")
 	return cmd
 }

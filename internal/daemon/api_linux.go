@@ -70,6 +70,7 @@ func (p process) Wait() (int, error) {
 func (b backend) Status() api.Status {
 	e := b.engine
 	report := e.agent.Report()
+	forwarded := e.forward.Stats()
 	return api.Status{
 		Engine: e.statusEngine(string(report.Mapping)),
 		Path: api.PathStatus{
@@ -88,7 +89,9 @@ func (b backend) Status() api.Status {
 		Memory:    statusMemory(),
 		Counters: map[string]map[string]int64{
 			"netstack": counters(e.stack.Stats()),
-			"forward":  counters(e.forward.Stats()),
+			"tcp":      counters(forwarded.TCP),
+			"udp":      counters(forwarded.UDP),
+			"ping":     counters(forwarded.Ping),
 			"dns":      counters(e.dns.Stats()),
 		},
 		Warnings: e.statusWarnings(report),
@@ -160,7 +163,7 @@ func (e *engine) statusWarnings(r nsagent.Report) []string {
 }
 
 // counters flattens a struct of numbers: what is {"drops":{"martian":1}} in JSON gets
-// the name "drops.martian".
+// the name "drops.martian", and a field GuestLimit without a tag "guest_limit".
 func counters(stats any) map[string]int64 {
 	out := make(map[string]int64)
 	b, err := json.Marshal(stats)
@@ -178,6 +181,7 @@ func counters(stats any) map[string]int64 {
 
 func flatten(out map[string]int64, prefix string, tree map[string]any) {
 	for name, v := range tree {
+		name = snake(name)
 		switch v := v.(type) {
 		case json.Number:
 			if n, err := v.Int64(); err == nil {
@@ -187,6 +191,21 @@ func flatten(out map[string]int64, prefix string, tree map[string]any) {
 			flatten(out, prefix+name+".", v)
 		}
 	}
+}
+
+// snake writes a Go name as the API does; names without capitals stay.
+func snake(name string) string {
+	var b strings.Builder
+	for i, r := range name {
+		if r >= 'A' && r <= 'Z' {
+			if i > 0 {
+				b.WriteByte('_')
+			}
+			r += 'a' - 'A'
+		}
+		b.WriteRune(r)
+	}
+	return b.String()
 }
 
 // list is s, and never null in JSON.

@@ -69,7 +69,6 @@ func destination(r netlink.Route, family int) netip.Prefix {
 		return netip.PrefixFrom(netip.IPv6Unspecified(), 0)
 	}
 	a, _ := netip.AddrFromSlice(r.Dst.IP)
-	a = a.Unmap() // 0.0.0.0/0 comes in 16 bytes
 	ones, _ := r.Dst.Mask.Size()
 	return netip.PrefixFrom(a.Unmap(), ones).Masked() // package net may keep four bytes in sixteen
 }
