@@ -32,7 +32,7 @@ var mayImport = []struct {
 	{"test/", []string{"test/"}, "the tests there are black box, against the built binary"},
 	{"test", []string{"test/"}, "the tests there are black box, against the built binary"},
 	{"internal/probe", nil, "a probe is a guest: it knows nothing of what carries it"},
-	{"internal/doctor", nil, "the doctor looks at a host before anything runs"},
+	{"internal/doctor", []string{"stack/link"}, "the doctor looks at a host before anything runs; a link tells which offloads the kernel has"},
 	{"internal/arch", nil, "it tests the tree from outside"},
 	{"internal/tally", nil, "it reads what go test prints"},
 }

@@ -151,7 +151,7 @@ func (s *suite) failedAlone(name string) bool {
 func (t *tally) summary(skipsFail bool) bool {
 	unfinished := 0
 	for _, name := range sorted(t.suites) {
-		if s := t.suites[name]; s.output != nil && len(s.output) > 0 {
+		if s := t.suites[name]; len(s.output) > 0 {
 			unfinished++
 			t.printf("--- FAIL: %s did not finish\n", s.name)
 		}
