@@ -34,6 +34,8 @@ func newRoot(code *int) *cobra.Command {
 			"replays each of its connections through an ordinary socket of the host: to the host,\n" +
 			"its firewall and its VPN it is one more program.",
 		SilenceErrors: true,
+
+		SuggestionsMinimumDistance: 2,
 		SilenceUsage:  true,
 		Args:          unknownCommand,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },

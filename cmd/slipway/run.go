@@ -49,7 +49,7 @@ func (f *engineFlags) load(cmd *cobra.Command) (*config.Config, error) {
 			continue
 		}
 		if err := c.Set(s.key, flag.Value.String(), "--"+s.flag); err != nil {
-			return nil, usage(cmd, fmt.Errorf("--%s: %w", s.flag, err))
+			return nil, usage(cmd, err)
 		}
 	}
 	return c, nil

@@ -114,14 +114,17 @@ func defaultSettings() Settings {
 func (c *Config) File() string { return c.file }
 
 // Set lays one value over the file's, as a flag does. Value is in the notation of a
-// command line: a list is separated by commas. The error says what is allowed.
+// command line: a list is separated by commas. source is where it comes from, "--mtu";
+// the error names it and says what is allowed.
 func (c *Config) Set(key, value, source string) error {
 	k, ok := lookup(key)
 	if !ok {
 		return fmt.Errorf("%s: unknown setting", key)
 	}
 	s := defaultSettings()
-	if err := k.set(&s, value); err != nil {
+	named := k
+	named.name = source
+	if err := named.set(&s, value); err != nil {
 		return err
 	}
 	c.flags[key] = setting{value, source}
