@@ -36,15 +36,15 @@ func newRoot(code *int) *cobra.Command {
 		SilenceErrors: true,
 
 		SuggestionsMinimumDistance: 2,
-		SilenceUsage:  true,
-		Args:          unknownCommand,
-		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		SilenceUsage:               true,
+		Args:                       unknownCommand,
+		RunE:                       func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usage(cmd, err) })
 	root.AddCommand(
 		newRun(code), newUp(code), newAttach(code), newExec(code),
 		newLs(), newStatus(), newFlows(),
-		newProbe(), newDemo(code),
+		newProbe(), newDemo(code), newDoctor(),
 		newConfig(), newVersion(),
 	)
 	return root
