@@ -19,17 +19,17 @@ type engineFlags struct {
 }
 
 // settingFlags are flags that set a key of the configuration.
-var settingFlags = []struct{ flag, key, value, help string }{
-	{"path", "path", "PATH", "how flows travel: auto or netstack"},
-	{"host-access", "host_access", "PORTS", "ports of the host's loopback that the guest reaches: none, all, or a list like 80,8000-8010"},
-	{"isolate", "isolate", "LIST", "what is isolated besides the network: net,mount,pid"},
-	{"log-level", "log_level", "LEVEL", "debug, info, warn or error"},
+var settingFlags = []struct{ flag, key, help string }{
+	{"path", "path", "how flows travel, `auto|netstack`"},
+	{"host-access", "host_access", "`PORTS` of the host's loopback that the guest reaches: none, all, or a list like 80,8000-8010"},
+	{"isolate", "isolate", "`LIST` of what is isolated: net, which always is, mount, pid"},
+	{"log-level", "log_level", "least level that is logged, `debug|info|warn|error`"},
 }
 
 func (f *engineFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.config, "config", "", "configuration `FILE`, instead of slipway.toml in the usual places")
 	for _, s := range settingFlags {
-		cmd.Flags().String(s.flag, "", fmt.Sprintf("%s (`%s`)", s.help, s.value))
+		cmd.Flags().String(s.flag, "", s.help)
 	}
 }
 

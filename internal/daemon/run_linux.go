@@ -103,6 +103,7 @@ func (e *engine) run(ctx context.Context) (code int, err error) {
 		return 0, err
 	}
 	defer e.agent.Release() // the device: its users have gone
+	raiseFileLimit()
 	return e.serve(ctx, signals)
 }
 
