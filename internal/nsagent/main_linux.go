@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"time"
 
@@ -36,7 +38,7 @@ type guest struct {
 	procs *children
 	names *names
 	nft   *netlink.Conn // owns our tables
-	undo  []func()       // what to take back in a namespace that is not ours, last first
+	undo  []func()      // what to take back in a namespace that is not ours, last first
 }
 
 // Main runs the agent. It does not return.
@@ -50,7 +52,7 @@ func Main() {
 }
 
 func runAgent() error {
-	unix.CloseOnExec(agentSocket)
+	keepFiles()
 	keepSignals()
 	w, err := newWire(os.NewFile(agentSocket, "daemon"))
 	if err != nil {
@@ -70,6 +72,25 @@ func runAgent() error {
 	err = g.serve()
 	g.releaseSNAT()
 	return err
+}
+
+// keepFiles keeps every file but stdin, stdout and stderr from commands: the socket, and
+// what the daemon was started with, which may be directories of the host.
+func keepFiles() {
+	err := unix.CloseRange(agentSocket, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC) // since Linux 5.11
+	if err == nil {
+		return
+	}
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		unix.CloseOnExec(agentSocket)
+		return
+	}
+	for _, e := range fds {
+		if fd, err := strconv.Atoi(e.Name()); err == nil && fd >= agentSocket {
+			unix.CloseOnExec(fd)
+		}
+	}
 }
 
 // keepSignals makes signals that are meant for commands harmless for the agent, which

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -133,16 +134,16 @@ func (n *names) report(i int, before string, mended bool) {
 func (n *names) check(i int) (mended, again bool) {
 	f, s := n.files[i], &n.state[i]
 	var st unix.Stat_t
-	if err := unix.Stat(f.path, &st); err == nil && st.Dev == s.want.Dev && st.Ino == s.want.Ino {
+	if err := unix.Stat(f.path, &st); err == nil && s.is(&st) {
 		s.problem = ""
 		return false, false
 	}
-	if s.mountID != "" && mounted(s.mountID) {
+	if s.mountID != "" && mounted(s.mountID, f.path) {
 		s.problem = "something in the guest is mounted over it"
 		return false, false
 	}
 	s.mountID = ""
-	id, err := bindName(s.source, f.path)
+	id, err := s.bind(f.path)
 	switch {
 	case errors.Is(err, unix.ENOENT) && (unix.Lstat(f.path, &st) == nil || n.await(f.path)):
 		return false, true // about to be replaced, or just came
@@ -175,16 +176,15 @@ func (n *names) await(path string) bool {
 	return unix.Lstat(path, &st) == nil
 }
 
-// bindName mounts the file behind source on the very name path and returns the number of
-// the mount.
-func bindName(source int, path string) (string, error) {
+// bind mounts our file on the very name path and returns the number of the mount. ENOENT
+// means that the name is missing or was replaced meanwhile.
+func (s *nameState) bind(path string) (string, error) {
 	target, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return "", err
 	}
 	defer unix.Close(target)
-	err = unix.Mount(fdPath(source), fdPath(target), "", unix.MS_BIND, "")
-	if err != nil {
+	if err := unix.Mount(fdPath(s.source), fdPath(target), "", unix.MS_BIND, ""); err != nil {
 		return "", fmt.Errorf("mount: %w", err)
 	}
 	top, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
@@ -192,8 +192,18 @@ func bindName(source int, path string) (string, error) {
 		return "", err
 	}
 	defer unix.Close(top)
+	var st unix.Stat_t
+	if err := unix.Fstat(top, &st); err != nil {
+		return "", err
+	}
+	if !s.is(&st) { // replaced since: what we opened is on another mount
+		return "", unix.ENOENT
+	}
 	return mountID(top)
 }
+
+// is tells whether st is of our file.
+func (s *nameState) is(st *unix.Stat_t) bool { return st.Dev == s.want.Dev && st.Ino == s.want.Ino }
 
 // fdPath is a path to what fd refers to.
 func fdPath(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
@@ -212,16 +222,14 @@ func mountID(fd int) (string, error) {
 	return "", errors.New("fdinfo has no mnt_id")
 }
 
-// mounted tells whether a mount is still there. When that cannot be told it is not.
-func mounted(id string) bool {
+// mounted tells whether a mount is still there; the kernel gives its number to another
+// soon after it is gone. When it cannot be told it is not.
+func mounted(id, point string) bool {
 	list, err := readMounts()
 	if err != nil {
 		return false
 	}
-	for _, m := range list {
-		if strconv.Itoa(m.id) == id {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(list, func(m mount) bool {
+		return strconv.Itoa(m.id) == id && m.point == point
+	})
 }

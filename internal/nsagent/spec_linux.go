@@ -114,7 +114,9 @@ type Command struct {
 	// the one the agent was started in.
 	Dir string
 	// Stdin, Stdout and Stderr are handed to the program; nil means
-	// /dev/null. They stay the caller's and may be closed after Exec.
+	// /dev/null. They stay the caller's and may be closed after Exec. They are
+	// handed over as they are: few programs expect a non-blocking pipe, which
+	// is what os.Pipe makes and File.Fd unmakes.
 	Stdin, Stdout, Stderr *os.File
 	// TTY makes Stdin, a terminal that is nobody's yet, the controlling
 	// terminal of the program.
