@@ -62,7 +62,7 @@ var localErrors = []struct {
 	code4, code6 uint8
 }{
 	{syscall.ENETUNREACH, 0, 0},   // no route; route type "unreachable" in IPv6
-	{syscall.EHOSTUNREACH, 1, 3},  // route type "unreachable"; no answer to ARP or NDP
+	{syscall.EHOSTUNREACH, 1, 0},  // route type "unreachable"; no answer to ARP (to NDP: an ICMP, which tells more)
 	{syscall.EACCES, 13, 1},       // route type "prohibit"
 	{syscall.EPERM, 13, 1},        // refused by the host's own firewall or a security module
 	{syscall.EADDRNOTAVAIL, 1, 3}, // no source address or port left for this target
