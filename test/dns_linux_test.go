@@ -21,7 +21,7 @@ func query(t testing.TB, ns *topo.NS, network string, server netip.Addr, q *dns.
 	}
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(within))
-	conn := &dns.Conn{Conn: c, UDPSize: 4096}
+	conn := &dns.Conn{Conn: c, UDPSize: dns.MaxMsgSize}
 	if err := conn.WriteMsg(q); err != nil {
 		return nil, err
 	}

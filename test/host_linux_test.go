@@ -124,11 +124,18 @@ func TestNeverDialled(t *testing.T) {
 			c.Close()
 		})
 		// Whatever is dialled wrongly ends at that listener.
-		if err := g.net.Host.IP("route add local 169.254.0.0/16 dev lo\nroute add local 168.63.129.16 dev lo\n" +
-			"route add local 192.168.65.0/24 dev lo\nroute add local 64:ff9b::/32 dev lo\n" +
-			"route add local fd00:ec2::/64 dev lo\nroute add local fdc4:f303:9324::/64 dev lo\nroute add local 2002::/16 dev lo\n"); err != nil {
+		trap := func(verb string) error {
+			var b strings.Builder
+			for _, prefix := range []string{"169.254.0.0/16", "168.63.129.16", "192.168.65.0/24", "240.0.0.1",
+				"64:ff9b::/32", "fd00:ec2::/64", "fdc4:f303:9324::/64", "2002::/16"} {
+				fmt.Fprintf(&b, "route %s local %s dev lo\n", verb, prefix)
+			}
+			return g.net.Host.IP(b.String())
+		}
+		if err := trap("add"); err != nil {
 			t.Fatal(err)
 		}
+		t.Cleanup(func() { trap("del") })
 		if s := dialError(g.net.Host, at(netip.MustParseAddr("64:ff9b::7f00:1"), portBoth), time.Second); s != "ok" {
 			t.Fatalf("the trap does not work: %s", s)
 		}

@@ -278,6 +278,7 @@ func TestHostWithoutIPv6(t *testing.T) {
 		if err := n.Host.IP("route del default via " + topo.Router6.String() + "\n"); err != nil {
 			t.Fatal(err)
 		}
+		t.Cleanup(func() { n.Host.IP("route add default via " + topo.Router6.String() + "\n") })
 		serve(t, n.World, at(topo.World4, 80), func(c *net.TCPConn) { c.Close() })
 		e := startEngine(t, n, engineOptions{user: u})
 		start := time.Now()
@@ -287,6 +288,5 @@ func TestHostWithoutIPv6(t *testing.T) {
 		if s := dialError(e.guest, at(topo.World4, 80), 3*time.Second); s != "ok" {
 			t.Errorf("IPv4: %s", s)
 		}
-		n.Host.IP("route add default via " + topo.Router6.String() + "\n")
 	})
 }

@@ -24,11 +24,11 @@ import (
 // /run and /etc may be changed at will, and "what is left over" is exactly what
 // /proc, /run and the mount table show.
 const (
-	envInner   = "SLIPWAY_TEST_INNER"   // set in the inner process
-	envBin     = "SLIPWAY_BIN"          // the slipway to test; built here if unset
-	envMissing = "SLIPWAY_TEST_MISSING" // why the inner process could not be made
-	envRequire = "NETNS_TESTS"          // "require": what is missing fails instead of skips
-	envLong    = "SLIPWAY_LONG"         // "1": the long tests too
+	envInner   = "SLIPWAY_TEST_INNER"     // set in the inner process
+	envBin     = "SLIPWAY_BIN"            // the slipway to test; built here if unset
+	envMissing = "SLIPWAY_TEST_MISSING"   // why the inner process could not be made
+	envRequire = "NETNS_TESTS"            // "require": what is missing fails instead of skips
+	envLong    = "SLIPWAY_LONG"           // "1": the long tests too
 	envKeep    = "SLIPWAY_TEST_ARTIFACTS" // folder for what a failed test keeps
 )
 
@@ -151,7 +151,7 @@ func prepare() error {
 	}
 	user := fmt.Sprintf("/run/user/%d", ordinaryUser)
 	if err := errors.Join(
-		os.MkdirAll(user, 0o700),
+		os.MkdirAll(user, 0o755), os.Chmod(user, 0o700),
 		os.MkdirAll("/run/lock", 0o1777),
 		os.MkdirAll("/run/netns", 0o755),
 		os.Mkdir(runTmp, 0o777), os.Chmod(runTmp, 0o1777),

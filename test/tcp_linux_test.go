@@ -34,6 +34,7 @@ func TestConnect(t *testing.T) {
 		{"port rejected by firewall", topo.World4, topo.World6, 83},
 		{"port prohibited by firewall", topo.World4, topo.World6, 84},
 		{"nobody there", topo.Dead4, topo.Dead6, 80},
+		{"nobody there on the host's link", topo.HostDead4, topo.HostDead6, 80},
 		{"black hole", topo.BlackHole4, topo.BlackHole6, 80},
 		{"prohibited by router", topo.Prohibited4, topo.Prohibited6, 80},
 		{"unreachable at router", topo.Unreachable4, topo.Unreachable6, 80},

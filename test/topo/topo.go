@@ -33,6 +33,9 @@ var (
 	// Nobody answers at Dead: the router's neighbour discovery for it fails.
 	Dead4 = netip.MustParseAddr("203.0.113.200")
 	Dead6 = netip.MustParseAddr("2001:db8:3::200")
+	// Nor at HostDead, on the host's own link.
+	HostDead4 = netip.MustParseAddr("198.51.100.200")
+	HostDead6 = netip.MustParseAddr("2001:db8:2::200")
 	// BlackHole is dropped by the router without a word.
 	BlackHole4 = netip.MustParseAddr("203.0.113.66")
 	BlackHole6 = netip.MustParseAddr("2001:db8:3::66")
