@@ -24,6 +24,7 @@ type Agent struct {
 	log    *slog.Logger
 	wire   *wire
 	proc   *os.Process
+	others []int // children that the daemon had before this agent
 	mapped idMaps
 	report Report
 	tun    *os.File
@@ -52,6 +53,7 @@ func newAgent(spec Spec, log *slog.Logger) *Agent {
 		spec:   spec,
 		log:    log.With(slog.String("component", "nsagent")),
 		mapped: idMaps{kind: MappingNone},
+		others: directChildren(),
 		spare:  -1,
 		done:   make(chan struct{}),
 		ended:  make(chan struct{}),
@@ -157,7 +159,7 @@ func (a *Agent) finish() {
 
 // killLeft ends orphans of an agent that could not do so itself.
 func (a *Agent) killLeft() {
-	if n, err := killStrays(killGrace); err != nil || n > 0 {
+	if n, err := killStrays(a.others, killGrace); err != nil || n > 0 {
 		a.log.Warn("killed what the agent left", slog.Int("processes", n), slog.Any("error", err))
 	}
 }

@@ -234,12 +234,12 @@ func trace(t testing.TB) string {
 func testCloseLeavesNothing(t *testing.T) {
 	end(t, start(t, testSpec(t)).Agent) // opens what Go's runtime keeps for good
 	before := trace(t)
-	for range 3 {
-		spec := testSpec(t)
-		g := start(t, spec)
-		left := g.sh(t, `
-			(setsid sh -c 'trap "" HUP; sleep 1000' >&- 2>&- </dev/null & )
-			(sh -c 'trap "" TERM; sleep 1001' >&- 2>&- </dev/null & )
+	for _, orphan := range []string{
+		`(setsid sh -c 'trap "" HUP; sleep 1000' >&- 2>&- </dev/null & )`,
+		`(sh -c 'trap "" TERM; sleep 1001' >&- 2>&- </dev/null & )`,
+	} {
+		g := start(t, testSpec(t))
+		left := g.sh(t, orphan+`
 			mount -t tmpfs tmpfs /mnt; mount --bind /mnt /media
 			echo $$`)
 		end(t, g.Agent)

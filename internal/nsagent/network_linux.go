@@ -45,14 +45,20 @@ func (g *guest) network(r *Report) (*os.File, error) {
 	return tun, nil
 }
 
-// loopbackUp starts lo.
+// loopbackUp starts lo, and remembers to stop it in a namespace that is not ours.
 func (g *guest) loopbackUp(nl *netlink.Handle) error {
 	lo := &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Name: "lo", Index: loopback}}
 	if g.spec.Join != nil {
 		if l, err := nl.LinkByIndex(loopback); err == nil && l.Attrs().Flags&net.FlagUp != 0 {
 			return nil
 		}
-		g.undo = append(g.undo, func() { netlink.LinkSetDown(lo) })
+		had, err := nl.AddrList(lo, unix.AF_INET)
+		g.undo = append(g.undo, func() {
+			netlink.LinkSetDown(lo)
+			if err == nil && len(had) == 0 { // the kernel has added it with up, and leaves it
+				netlink.AddrDel(lo, &netlink.Addr{IPNet: ipNet(netip.MustParsePrefix("127.0.0.1/8"))})
+			}
+		})
 	}
 	if err := nl.LinkSetUp(lo); err != nil {
 		return &Error{Op: "set up", On: "lo", Err: err, Hint: userNamespaceHint(err)}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -23,10 +24,11 @@ var agents = struct {
 const killPoll = 5 * time.Millisecond
 
 // killStrays kills what an agent that was killed itself has left: its orphans have
-// become our children, since we are a child subreaper. They differ from every other
-// child by living in another network namespace and by not being an agent. What they
-// have started themselves becomes our child in turn. It returns how many were killed.
-func killStrays(limit time.Duration) (int, error) {
+// become our children, since we are a child subreaper. They differ from other children
+// by living in another network namespace, by not being an agent, and by not being in
+// others, which we had before. What they have started themselves becomes our child in
+// turn. It returns how many were killed.
+func killStrays(others []int, limit time.Duration) (int, error) {
 	own, err := os.Readlink("/proc/self/ns/net")
 	if err != nil {
 		return 0, err
@@ -36,7 +38,7 @@ func killStrays(limit time.Duration) (int, error) {
 	for deadline := time.Now().Add(limit); ; time.Sleep(killPoll) {
 		left := 0
 		for _, pid := range directChildren() {
-			if !killed[pid] && !isStray(pid, own) {
+			if !killed[pid] && (slices.Contains(others, pid) || !isStray(pid, own)) {
 				continue
 			}
 			left++
