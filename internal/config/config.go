@@ -146,23 +146,12 @@ func (c *Config) Engine(name string) (Engine, error) {
 			return Engine{}, fmt.Errorf("%s: %w", v.Source, err)
 		}
 	}
-	if err := e.Settings.check(); err != nil {
-		return Engine{}, err
-	}
 	if own := c.engines[name]; own != nil {
 		e.Command = slices.Clone(own.command)
 		e.Directory = own.directory
 		e.Environment = maps.Clone(own.environment)
 	}
 	return e, nil
-}
-
-// check finds what no single value shows.
-func (s *Settings) check() error {
-	if s.IPv4Subnet.Overlaps(s.IPv6Subnet) {
-		return fmt.Errorf("ipv4_subnet: %v overlaps ipv6_subnet", s.IPv4Subnet)
-	}
-	return nil
 }
 
 // Pinned reports whether somebody chose the value of key for the engine called name:

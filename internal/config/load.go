@@ -225,7 +225,11 @@ func (r *reader) keyValue(table []string, e *unstable.Node) {
 func (r *reader) set(own *engine, name string, e *unstable.Node) {
 	v, err := valueOf(e.Value())
 	if err != nil {
-		r.add(r.valuePosition(e), fmt.Sprintf("%s: %v", name, err))
+		text := fmt.Sprintf("%s: %v", name, err)
+		if k, ok := lookup(name); ok {
+			text += ": must be " + k.allowed
+		}
+		r.add(r.valuePosition(e), text)
 		return
 	}
 	if own != nil && (name == "command" || name == "directory") {
@@ -364,7 +368,7 @@ func valueOf(n *unstable.Node) (any, error) {
 		}
 		return list, nil
 	}
-	return nil, errors.New("numbers with a fraction, dates and tables are not allowed here")
+	return nil, errors.New("a fraction, date or table is not allowed")
 }
 
 // didYouMean names the known word that is nearest to word, if one is near.
