@@ -1,0 +1,95 @@
+package api
+
+import (
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	"gopkg.in/yaml.v3"
+)
+
+// schema is what we look at of a schema in docs/openapi.yaml.
+type schema struct {
+	Ref        string            `yaml:"$ref"`
+	Properties map[string]schema `yaml:"properties"`
+	Items      *schema           `yaml:"items"`
+	Required   []string          `yaml:"required"`
+}
+
+// The document has every field of our types, and no other.
+func TestOpenAPI(t *testing.T) {
+	b, err := os.ReadFile(filepath.Join("..", "..", "docs", "openapi.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var doc struct {
+		Paths      map[string]any
+		Components struct{ Schemas map[string]schema }
+	}
+	if err := yaml.Unmarshal(b, &doc); err != nil {
+		t.Fatal(err)
+	}
+	d := document{t, doc.Components.Schemas}
+	for name, v := range map[string]any{
+		"Status": Status{}, "FlowList": FlowList{}, "Flow": Flow{}, "Error": Error{}, "ExecRequest": ExecRequest{},
+	} {
+		d.compare(name, d.schemas[name], reflect.TypeOf(v))
+	}
+	for _, path := range []string{"/v1/status", "/v1/flows", "/v1/exec"} {
+		if doc.Paths[path] == nil {
+			t.Errorf("%s is not documented", path)
+		}
+	}
+}
+
+type document struct {
+	t       *testing.T
+	schemas map[string]schema
+}
+
+func (d document) resolve(s schema) schema {
+	if s.Ref != "" {
+		return d.schemas[strings.TrimPrefix(s.Ref, "#/components/schemas/")]
+	}
+	return s
+}
+
+// compare looks at the fields of a struct, and of those below it that are ours.
+func (d document) compare(where string, s schema, typ reflect.Type) {
+	s = d.resolve(s)
+	known := map[string]bool{}
+	for i := range typ.NumField() {
+		f := typ.Field(i)
+		name, options, _ := strings.Cut(f.Tag.Get("json"), ",")
+		known[name] = true
+		p, ok := s.Properties[name]
+		if !ok {
+			d.t.Errorf("%s.%s is not in docs/openapi.yaml", where, name)
+			continue
+		}
+		required := false
+		for _, r := range s.Required {
+			required = required || r == name
+		}
+		if optional := strings.Contains(options, "omitempty") || where == "ExecRequest" && name != "args"; required == optional {
+			d.t.Errorf("%s.%s: required is %v in docs/openapi.yaml", where, name, required)
+		}
+		d.below(where+"."+name, d.resolve(p), f.Type)
+	}
+	for name := range s.Properties {
+		if !known[name] {
+			d.t.Errorf("docs/openapi.yaml has %s.%s, which is not there", where, name)
+		}
+	}
+}
+
+func (d document) below(where string, s schema, typ reflect.Type) {
+	if typ.Kind() == reflect.Slice && s.Items != nil {
+		typ, s = typ.Elem(), d.resolve(*s.Items)
+	}
+	if typ.Kind() == reflect.Struct && typ.PkgPath() == reflect.TypeOf(Status{}).PkgPath() {
+		d.compare(where, s, typ)
+	}
+}
