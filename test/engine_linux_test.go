@@ -23,6 +23,10 @@ import (
 // nested one with --rootless.
 type user struct{ rootless bool }
 
+// searchPath holds no directory that an ordinary user may not read, as the PATH of
+// whoever runs the tests may.
+const searchPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
 // slipway returns the command `slipway args...` of that user.
 func (u user) slipway(args ...string) *exec.Cmd {
 	if u.rootless && !isRoot() && len(args) > 0 && args[0] == "run" {
@@ -36,7 +40,7 @@ func (u user) slipway(args ...string) *exec.Cmd {
 // dress gives cmd the user's identity and environment.
 func (u user) dress(cmd *exec.Cmd) {
 	cmd.Dir = "/"
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "TMPDIR=" + runTmp, "LANG=C.UTF-8", "TERM=xterm", "HOME=/run/user"}
+	cmd.Env = []string{"PATH=" + searchPath, "TMPDIR=" + runTmp, "LANG=C.UTF-8", "TERM=xterm", "HOME=/run/user"}
 	if !u.rootless || !isRoot() {
 		return
 	}

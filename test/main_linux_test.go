@@ -32,6 +32,9 @@ const (
 	envKeep    = "SLIPWAY_TEST_ARTIFACTS" // folder for what a failed test keeps
 )
 
+// roleInit is the value of envInner for the first process of the pid namespace.
+const roleInit = "init"
+
 // runTmp is TMPDIR of every slipway that the tests start.
 const runTmp = "/run/tmp"
 
@@ -40,15 +43,49 @@ const runTmp = "/run/tmp"
 const ordinaryUser = 4242
 
 func TestMain(m *testing.M) {
-	if os.Getenv(envInner) == "" {
+	switch os.Getenv(envInner) {
+	case "":
 		os.Exit(outer())
+	case roleInit:
+		os.Exit(initProcess())
 	}
 	os.Exit(inner(m))
 }
 
+// initProcess is the first process of the pid namespace: it runs the tests and
+// reaps whoever loses its parent, as every init does. Without it the zombie of an
+// orphan would look like a process that slipway left.
+func initProcess() int {
+	self, err := os.Executable()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "test:", err)
+		return 1
+	}
+	env := append(os.Environ(), envInner+"=1")
+	tests, err := os.StartProcess(self, os.Args, &os.ProcAttr{Env: env, Files: []*os.File{os.Stdin, os.Stdout, os.Stderr}})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "test:", err)
+		return 1
+	}
+	for {
+		var ws syscall.WaitStatus
+		switch pid, err := syscall.Wait4(-1, &ws, 0, nil); {
+		case err == syscall.EINTR || err == nil && pid != tests.Pid:
+		case err != nil:
+			fmt.Fprintln(os.Stderr, "test:", err)
+			return 1
+		case ws.Exited():
+			return ws.ExitStatus()
+		default:
+			fmt.Fprintln(os.Stderr, "test: tests ended by", ws.Signal())
+			return 1
+		}
+	}
+}
+
 // outer builds slipway and runs the tests in their own namespaces.
 func outer() int {
-	env := append(os.Environ(), envInner+"=1")
+	env := append(os.Environ(), envInner+"="+roleInit)
 	if os.Getenv(envBin) == "" {
 		dir, err := os.MkdirTemp("", "slipway-test-bin-")
 		if err != nil {
@@ -83,6 +120,7 @@ func outer() int {
 	if out, err := exec.Command("unshare", append(args, "true")...).CombinedOutput(); err != nil {
 		// Run all the same: each test then says what is missing.
 		env = append(env, fmt.Sprintf("%s=unshare %s: %v: %s", envMissing, strings.Join(args, " "), err, strings.TrimSpace(string(out))))
+		env = append(env, envInner+"=1")
 		cmd = exec.Command(self, os.Args[1:]...)
 	}
 	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = env, os.Stdin, os.Stdout, os.Stderr
@@ -154,16 +192,20 @@ func prepare() error {
 		os.MkdirAll(user, 0o755), os.Chmod(user, 0o700),
 		os.MkdirAll("/run/lock", 0o1777),
 		os.MkdirAll("/run/netns", 0o755),
+		os.MkdirAll("/run/mount", 0o755), // mount(8)
 		os.Mkdir(runTmp, 0o777), os.Chmod(runTmp, 0o1777),
 		writeResolvConf(),
 		raiseFileLimit(),
 	); err != nil {
 		return err
 	}
-	if !isRoot() {
-		return nil
+	if isRoot() {
+		if err := errors.Join(os.Chown(user, ordinaryUser, ordinaryUser), addOrdinaryUser(), tunForAll()); err != nil {
+			return err
+		}
 	}
-	return errors.Join(os.Chown(user, ordinaryUser, ordinaryUser), addOrdinaryUser(), tunForAll())
+	// As systemd leaves it: new mounts show in namespaces made from this one.
+	return unix.Mount("", "/", "", unix.MS_SHARED|unix.MS_REC, "")
 }
 
 // isRoot tells whether the tests run as the real root: then the rootless variant
