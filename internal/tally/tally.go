@@ -15,6 +15,9 @@ import (
 	"strings"
 )
 
+// module is left out of the names of suites.
+const module = "github.com/slipway-net/slipway/"
+
 func main() {
 	t := tally{out: os.Stdout, suites: make(map[string]*suite)}
 	if err := t.read(os.Stdin); err != nil {
@@ -79,7 +82,7 @@ func (t *tally) take(e event) {
 	}
 	s := t.suites[e.Package]
 	if s == nil {
-		s = &suite{name: e.Package, result: make(map[string]string), output: make(map[string][]string)}
+		s = &suite{name: strings.TrimPrefix(e.Package, module), result: make(map[string]string), output: make(map[string][]string)}
 		t.suites[e.Package] = s
 	}
 	switch e.Action {
@@ -121,7 +124,7 @@ func (t *tally) finish(s *suite, e event) {
 	t.failed += count["fail"]
 	t.skipped += count["skip"]
 	if len(s.result) > 0 || e.Action == "fail" {
-		t.printf("%-48s %5d passed %3d failed %3d skipped %7.1fs\n",
+		t.printf("%-24s %5d passed %3d failed %3d skipped %7.1fs\n",
 			s.name, count["pass"], count["fail"], count["skip"], e.Elapsed)
 	}
 	s.output = nil
