@@ -61,8 +61,8 @@ func initProcess() int {
 		fmt.Fprintln(os.Stderr, "test:", err)
 		return 1
 	}
-	env := append(os.Environ(), envInner+"=1")
-	tests, err := os.StartProcess(self, os.Args, &os.ProcAttr{Env: env, Files: []*os.File{os.Stdin, os.Stdout, os.Stderr}})
+	os.Setenv(envInner, "1")
+	tests, err := os.StartProcess(self, os.Args, &os.ProcAttr{Files: []*os.File{os.Stdin, os.Stdout, os.Stderr}})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "test:", err)
 		return 1
