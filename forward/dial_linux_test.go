@@ -86,7 +86,7 @@ func TestDialLocalErrors(t *testing.T) {
 		{"203.0.113.1:80", flow.ICMP{Type: 3, Code: 1}},
 		{"203.0.113.2:80", flow.ICMP{Type: 3, Code: 13}},
 		{"[2001:db8:2::1]:80", flow.ICMP{Type: 1, Code: 0}},
-		{"[2001:db8:1::1]:80", flow.ICMP{Type: 1, Code: 3}},
+		{"[2001:db8:1::1]:80", flow.ICMP{Type: 1, Code: 0}},
 		{"[2001:db8:1::2]:80", flow.ICMP{Type: 1, Code: 1}},
 	}
 	inNetNS(t, setUp, func() {

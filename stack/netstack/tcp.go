@@ -2,12 +2,9 @@ package netstack
 
 import (
 	"log/slog"
-	"net"
 	"net/netip"
 	"time"
 
-	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
@@ -150,43 +147,4 @@ func (s *Stack) unreachable(t flow.Tuple, syn [8]byte, rest []byte, v flow.Verdi
 		src: t.Guest.Addr(), dst: t.Target.Addr(), proto: tcp.ProtocolNumber,
 		transport: syn, payload: rest, size: len(rest),
 	})
-}
-
-// Listen opens a TCP port of the gateway, on both its addresses. The caller closes
-// the listeners; connections end with the Stack at the latest.
-func (s *Stack) Listen(port uint16) ([]net.Listener, error) {
-	var lns []net.Listener
-	for _, gw := range []netip.Addr{s.cfg.Gateway4, s.cfg.Gateway6} {
-		ln, err := gonet.ListenTCP(s.ip, addressOf(gw, port), protocolOf(gw))
-		if err != nil {
-			for _, l := range lns {
-				l.Close()
-			}
-			return nil, err
-		}
-		lns = append(lns, ln)
-	}
-	return lns, nil
-}
-
-// ListenPacket opens a UDP port of the gateway, on both its addresses. The caller
-// closes the sockets.
-func (s *Stack) ListenPacket(port uint16) ([]net.PacketConn, error) {
-	var pcs []net.PacketConn
-	for _, gw := range []netip.Addr{s.cfg.Gateway4, s.cfg.Gateway6} {
-		laddr := addressOf(gw, port)
-		pc, err := gonet.DialUDP(s.ip, &laddr, nil, protocolOf(gw))
-		if err != nil {
-			for _, p := range pcs {
-				p.Close()
-			}
-			return nil, err
-		}
-		pcs = append(pcs, pc)
-	}
-	return pcs, nil
-}
-
-func addressOf(a netip.Addr, port uint16) tcpip.FullAddress {
-	return tcpip.FullAddress{NIC: nicID, Addr: toTCPIP(a), Port: port}
 }
