@@ -71,7 +71,9 @@ func (r *rawPings) openSocketLocked() error {
 	if err := s.open(unix.SOCK_RAW); err != nil {
 		return err
 	}
-	r.base = uint16(rand.Uint32()) & rawIDMask
+	// Never block 0: Linux replies to a request of zeroes with a checksum of zero,
+	// which is wrong (the sum of what is sent must be 0xffff).
+	r.base = uint16(1+rand.IntN(0x10000/rawIDs-1)) * rawIDs
 	err := filterReplies(s.fd.fd, r.v6, r.base)
 	if err == nil {
 		err = r.poll.add(s.fd.fd, r)

@@ -27,6 +27,9 @@ func (u *hostUDPSockets) open(v6 bool, m *udpMapping) (udpSocket, error) {
 		unix.Close(fd)
 		return nil, err
 	}
+	if v6 { // its port must not take the IPv4 one as well
+		unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1)
+	}
 	unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1) // Linux 5.0; without it datagrams come one by one
 	s := &hostUDP{mapping: m, poll: &u.poll, header: headerOptions{v6: v6}}
 	s.fd.open(fd)
@@ -51,9 +54,6 @@ func reportAll(fd int, v6 bool) error {
 	opts := [...][2]int{{unix.SOL_IP, unix.IP_RECVERR}, {unix.SOL_IP, unix.IP_RECVTTL}, {unix.SOL_IP, unix.IP_RECVTOS}}
 	if v6 {
 		opts = [...][2]int{{unix.SOL_IPV6, unix.IPV6_RECVERR}, {unix.SOL_IPV6, unix.IPV6_RECVHOPLIMIT}, {unix.SOL_IPV6, unix.IPV6_RECVTCLASS}}
-		if err := unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1); err != nil {
-			return fmt.Errorf("set socket option IPV6_V6ONLY: %w", err)
-		}
 	}
 	for _, o := range opts {
 		if err := unix.SetsockoptInt(fd, o[0], o[1], 1); err != nil {

@@ -189,16 +189,14 @@ func TestUDPTrains(t *testing.T) {
 	})
 }
 
-// TestUDPTrainLongerThanTheRoute has the kernel refuse UDP_SEGMENT; the datagrams go
-// one by one.
-func TestUDPTrainLongerThanTheRoute(t *testing.T) {
+// TestUDPTrainOfMany sends more datagrams than one call may take.
+func TestUDPTrainOfMany(t *testing.T) {
 	g := newFakeGuest()
 	u := hostMaps(t, g, 0)
 	server := echoServer(t, "127.0.0.1:0")
-	payload := bytes.Repeat([]byte("x"), 65000) // the loopback's MTU is 65536
-	d := flow.Datagram{Guest: guest1, Target: netip.AddrPortFrom(alias4, server.Port()), Payload: payload, Segment: 1, Hops: 63}
-	d.Payload = payload[:udpMaxSegments]
-	u.Datagram(d)
+	u.Datagram(flow.Datagram{
+		Guest: guest1, Target: netip.AddrPortFrom(alias4, server.Port()), Payload: make([]byte, udpMaxSegments), Segment: 1, Hops: 63,
+	})
 	for n := 0; n < udpMaxSegments; {
 		n += len(take(t, g, &g.datagrams).Payload)
 	}

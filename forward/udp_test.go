@@ -346,12 +346,12 @@ func TestUDPTimeouts(t *testing.T) {
 				touch() // and all over again
 				time.Sleep(tt.idle - time.Second)
 				synctest.Wait()
-				if f.closed != 0 || f.opened != 1 {
+				if f.closed.Load() != 0 || f.opened != 1 {
 					t.Fatalf("ended %v after the last datagram", tt.idle-time.Second)
 				}
 				time.Sleep(time.Second + udpSweep)
 				synctest.Wait()
-				if s := u.stats(); f.closed != 1 || s.Mappings != 0 || s.Expired != 1 {
+				if s := u.stats(); f.closed.Load() != 1 || s.Mappings != 0 || s.Expired != 1 {
 					t.Errorf("%v after the last datagram: %+v, want it expired", tt.idle+udpSweep, s)
 				}
 			})

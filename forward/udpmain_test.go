@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -85,11 +86,12 @@ func (g *fakeGuest) lengths() (datagrams, echoes, errors int) {
 
 // fakeUDP are sockets that record what is sent.
 type fakeUDP struct {
-	opened, closed int
-	mappings       []*udpMapping
-	sent           []sentDatagram
-	sendErr        error // what every send returns
-	openErr        func() error
+	opened   int
+	closed   atomic.Int32 // by the sweeper, too
+	mappings []*udpMapping
+	sent     []sentDatagram
+	sendErr  error // what every send returns
+	openErr  func() error
 }
 
 type sentDatagram struct {
@@ -122,7 +124,7 @@ func (s *fakeUDPSocket) send(d flow.Datagram, to netip.AddrPort) error {
 	return s.all.sendErr
 }
 
-func (s *fakeUDPSocket) close() { s.all.closed++ }
+func (s *fakeUDPSocket) close() { s.all.closed.Add(1) }
 
 // fakeMaps returns maps on fake sockets.
 func fakeMaps(t *testing.T, policy PolicyConfig, limit int) (*udpMaps, *fakeUDP, *fakeGuest) {
@@ -133,8 +135,8 @@ func fakeMaps(t *testing.T, policy PolicyConfig, limit int) (*udpMaps, *fakeUDP,
 	})
 	t.Cleanup(func() {
 		u.close()
-		if f.opened != f.closed {
-			t.Errorf("%d sockets opened, %d closed", f.opened, f.closed)
+		if f.opened != int(f.closed.Load()) {
+			t.Errorf("%d sockets opened, %d closed", f.opened, f.closed.Load())
 		}
 		if n := u.peers.n.Load(); n != 0 || u.n != 0 || len(u.guests) != 0 || u.unanswered.Len() != 0 {
 			t.Errorf("after close: %d peers, %d mappings, %d guests, %d unanswered; want none", n, u.n, len(u.guests), u.unanswered.Len())
