@@ -56,8 +56,17 @@ func TestTwoDockers(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := n.Host.NFT("table inet hostile { chain forward { type filter hook forward priority filter; policy drop; }\n" +
-		"chain input { type filter hook input priority filter; policy drop; iif lo accept; ct state established,related accept; meta l4proto ipv6-icmp accept; } }"); err != nil {
+	if err := n.Host.NFT(`table inet hostile {
+		chain forward {
+			type filter hook forward priority filter; policy drop;
+		}
+		chain input {
+			type filter hook input priority filter; policy drop;
+			iif lo accept
+			ct state established,related accept
+			meta l4proto ipv6-icmp accept
+		}
+	}`); err != nil {
 		t.Fatal(err)
 	}
 	rules := ruleset(t, n.Host)

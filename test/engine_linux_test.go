@@ -40,7 +40,7 @@ func (u user) slipway(args ...string) *exec.Cmd {
 // dress gives cmd the user's identity and environment.
 func (u user) dress(cmd *exec.Cmd) {
 	cmd.Dir = "/"
-	cmd.Env = []string{"PATH=" + searchPath, "TMPDIR=" + runTmp, "LANG=C.UTF-8", "TERM=xterm", "HOME=/run/user"}
+	cmd.Env = []string{"PATH=" + searchPath, "TMPDIR=" + runTmp, "LANG=C.UTF-8", "TERM=xterm", "HOME=/run/user", "HISTFILE=/dev/null"}
 	if !u.rootless || !isRoot() {
 		return
 	}
