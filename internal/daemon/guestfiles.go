@@ -48,35 +48,6 @@ func (g guestAddrs) names() map[string][]netip.Addr {
 	return m
 }
 
-// resolvConf is the guest's resolv.conf: the gateway answers, and the host's search
-// list and options stay, since they decide what a short name means (resolv.conf(5)).
-func resolvConf(host []byte, g guestAddrs) []byte {
-	var b bytes.Buffer
-	b.WriteString("# Made by slipway; the gateway asks the host's name servers.\n")
-	fmt.Fprintf(&b, "nameserver %v\nnameserver %v\n", g.Gateway4, g.Gateway6)
-	var search string
-	var options []string
-	for line := range bytes.Lines(host) {
-		fields := strings.Fields(string(line))
-		if len(fields) < 2 {
-			continue
-		}
-		switch fields[0] {
-		case "search", "domain": // the last one counts
-			search = strings.Join(fields[1:], " ")
-		case "options":
-			options = append(options, fields[1:]...)
-		}
-	}
-	if search != "" {
-		fmt.Fprintf(&b, "search %s\n", search)
-	}
-	if len(options) > 0 {
-		fmt.Fprintf(&b, "options %s\n", strings.Join(options, " "))
-	}
-	return b.Bytes()
-}
-
 // hostsFile is the guest's hosts file: the host's own, without lines about names that
 // are ours, and then ours.
 func hostsFile(host []byte, g guestAddrs) []byte {

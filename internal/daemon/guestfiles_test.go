@@ -9,24 +9,6 @@ import (
 
 var testAddrs = addrsOf(netip.MustParsePrefix("192.168.65.0/24"), netip.MustParsePrefix("fdc4:f303:9324::/64"))
 
-func TestResolvConf(t *testing.T) {
-	const head = "# Made by slipway; the gateway asks the host's name servers.\nnameserver 192.168.65.1\nnameserver fdc4:f303:9324::1\n"
-	tests := []struct{ name, host, want string }{
-		{"empty", "", head},
-		{"servers are replaced", "nameserver 10.0.0.1\nnameserver 127.0.0.53\n", head},
-		{"search and options stay", "domain old.example\nsearch corp.example  example.org\noptions ndots:2\noptions edns0 trust-ad\n",
-			head + "search corp.example example.org\noptions ndots:2 edns0 trust-ad\n"},
-		{"rubbish", "\x00\xff\nsearch\noptions\n;\n", head},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			if d := cmp.Diff(tt.want, string(resolvConf([]byte(tt.host), testAddrs))); d != "" {
-				t.Error(d)
-			}
-		})
-	}
-}
-
 func TestHostsFile(t *testing.T) {
 	const ours = "# Added by slipway.\n" +
 		"192.168.65.2 host.slipway.internal host.docker.internal host.containers.internal\n" +
