@@ -2,6 +2,7 @@ package probe
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -41,11 +42,11 @@ func echoTCP(ctx context.Context, target netip.AddrPort) (string, error) {
 	if _, err := conn.Write(sent); err != nil {
 		return "", err
 	}
-	if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
-		return "", err
-	}
+	// A connection that was reset meanwhile cannot be shut down (ENOTCONN), and
+	// reading tells why.
+	closeErr := conn.(*net.TCPConn).CloseWrite()
 	got, err := io.ReadAll(io.LimitReader(conn, streamSize+1))
-	if err != nil {
+	if err = cmp.Or(err, closeErr); err != nil {
 		return "", err
 	}
 	if !bytes.Equal(got, sent) {
