@@ -26,14 +26,18 @@ func hostPings(t *testing.T, guest flow.Guest) *pings {
 	return p
 }
 
-// bothModes runs f in the topology with ping sockets, and with raw ones.
+// bothModes runs f in the topology with raw sockets, and with ping sockets.
 func bothModes(t *testing.T, f func(t *testing.T)) {
 	if !routed(t) {
 		return
 	}
-	for _, m := range []struct{ mode, groups string }{{PingSocket, "0 0"}, {PingRaw, "1 0"}} {
+	// The range is that of the child's own namespace. Nobody is in the first one, which
+	// a fresh namespace has; it cannot be set where group 1 is not mapped.
+	for _, m := range []struct{ mode, groups string }{{PingRaw, ""}, {PingSocket, "0 0"}} {
 		t.Run(m.mode, func(t *testing.T) {
-			setSysctl(t, "net/ipv4/ping_group_range", m.groups) // of the child's own namespace
+			if m.groups != "" {
+				setSysctl(t, "net/ipv4/ping_group_range", m.groups)
+			}
 			p := hostPings(t, newFakeGuest())
 			if got := p.mode(); got.Mode != m.mode {
 				t.Fatalf("mode %+v, want %s", got, m.mode)

@@ -18,11 +18,6 @@ import (
 	"github.com/slipway-net/slipway/internal/flow/table"
 )
 
-var (
-	alias4 = netip.MustParseAddr("192.168.65.2")
-	alias6 = netip.MustParseAddr("fdc4:f303:9324::2")
-)
-
 // hostMaps returns maps on the host's own sockets, with access to its loopback.
 func hostMaps(t testing.TB, guest flow.Guest, limit int) *udpMaps {
 	t.Helper()

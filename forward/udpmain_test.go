@@ -151,6 +151,8 @@ var (
 	guest6 = netip.MustParseAddrPort("[fdc4:f303:9324::3]:40000")
 	peerA  = netip.MustParseAddrPort("198.51.100.7:4000")
 	peerB  = netip.MustParseAddrPort("203.0.113.8:5000")
+	alias4 = netip.MustParseAddr("192.168.65.2")
+	alias6 = netip.MustParseAddr("fdc4:f303:9324::2")
 )
 
 func ap(s string) netip.AddrPort { return netip.MustParseAddrPort(s) }
