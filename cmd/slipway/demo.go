@@ -63,7 +63,7 @@ func demoOptions(t probe.Targets) (daemon.Options, error) {
 	}
 	return daemon.Options{
 		Mode: daemon.ModeRun, Name: daemon.NameFor([]string{"demo"}, os.Getpid()), Config: c,
-		Command: command, Env: os.Environ(), Version: version, Log: os.Stderr,
+		Command: command, Env: os.Environ(), Version: version, Log: os.Stderr, Progress: progress(),
 	}, nil
 }
 

@@ -3,10 +3,12 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
 	"github.com/slipway-net/slipway/internal/config"
 	"github.com/slipway-net/slipway/internal/daemon"
@@ -81,12 +83,20 @@ func (f *engineFlags) options(cmd *cobra.Command, mode daemon.Mode, name string)
 	}
 	o := daemon.Options{
 		Mode: mode, Name: name, Config: c, Rootless: f.rootless,
-		Env: os.Environ(), Version: version, Log: os.Stderr,
+		Env: os.Environ(), Version: version, Log: os.Stderr, Progress: progress(),
 	}
 	if c.File() != "" {
 		o.Reload = func() (*config.Config, error) { return f.load(cmd) }
 	}
 	return o, nil
+}
+
+// progress is where a person looks who waits; nil when nobody does.
+func progress() io.Writer {
+	if term.IsTerminal(int(os.Stderr.Fd())) {
+		return os.Stderr
+	}
+	return nil
 }
 
 func newRun(code *int) *cobra.Command {

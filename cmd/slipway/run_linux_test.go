@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -236,4 +237,69 @@ func TestDoctor(t *testing.T) {
 	if r := slipway(t, "doctor"); r.code != 0 || !strings.Contains(r.stdout, "/dev/net/tun") {
 		t.Errorf("status %d\n%s%s", r.code, r.stdout, r.stderr)
 	}
+}
+
+// attach ends by itself, and well, when the namespace goes.
+func TestAttach(t *testing.T) {
+	needEngines(t)
+	t.Run("process", func(t *testing.T) {
+		guest := exec.CommandContext(t.Context(), "sleep", "60")
+		guest.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+		if err := guest.Start(); err != nil {
+			t.Fatal(err)
+		}
+		e := start(t, "att", "attach", "--pid", fmt.Sprint(guest.Process.Pid), "--name", "att")
+		if r := slipway(t, "exec", "att", "--", "readlink", "/proc/self/ns/net"); r.code != 0 ||
+			r.stdout != readlink(t, fmt.Sprintf("/proc/%d/ns/net", guest.Process.Pid))+"\n" {
+			t.Errorf("exec: %+v", r)
+		}
+		again := slipway(t, "attach", "--pid", fmt.Sprint(guest.Process.Pid), "--name", "again")
+		if again.code != 125 || !strings.Contains(again.stderr, "hint: ") {
+			t.Errorf("a second attach: status %d, %s", again.code, again.stderr)
+		}
+		guest.Process.Kill()
+		guest.Wait()
+		if got := e.end(t); got != 0 {
+			t.Errorf("status %d, %s", got, e.stderr.String())
+		}
+		nothingLeft(t)
+	})
+	t.Run("path", func(t *testing.T) {
+		if out, err := exec.Command("ip", "netns", "add", "att").CombinedOutput(); err != nil {
+			t.Fatalf("ip netns add: %v %s", err, out)
+		}
+		e := start(t, "att", "attach", "--netns", "/run/netns/att", "--name", "att")
+		e.Process.Signal(unix.SIGTERM)
+		if got := e.end(t); got != 0 {
+			t.Errorf("status %d after TERM, %s", got, e.stderr.String())
+		}
+		e = start(t, "att", "attach", "--netns", "/run/netns/att", "--name", "att")
+		if out, err := exec.Command("ip", "netns", "del", "att").CombinedOutput(); err != nil {
+			t.Fatalf("ip netns del: %v %s", err, out)
+		}
+		if got := e.end(t); got != 0 {
+			t.Errorf("status %d after the file went, %s", got, e.stderr.String())
+		}
+		nothingLeft(t)
+	})
+}
+
+func readlink(t *testing.T, path string) string {
+	t.Helper()
+	to, err := os.Readlink(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return to
+}
+
+// Without its device an engine is of no use: it ends, and says why.
+func TestDeviceDeletedInside(t *testing.T) {
+	needEngines(t)
+	e := start(t, "del", "run", "--name", "del", "--", "sleep", "60")
+	slipway(t, "exec", "del", "--", "ip", "link", "del", "slipway0") // may be ended with the engine
+	if got := e.end(t); got != 125 || !strings.Contains(e.stderr.String(), "hint: somebody inside has deleted") {
+		t.Errorf("status %d, %s", got, e.stderr.String())
+	}
+	nothingLeft(t)
 }

@@ -17,8 +17,7 @@ func printStatus(w io.Writer, s api.Status) error {
 	e, a := s.Engine, s.Addresses
 	rows := [][]string{
 		{"engine", fmt.Sprintf("%s (%s), up %s", e.Name, e.Mode, ageText(time.Duration(e.UptimeSeconds*float64(time.Second))))},
-		{"command", printable(strings.Join(e.Command, " "))},
-		{"processes", fmt.Sprintf("daemon %d, agent %d, command %d", e.PID, e.AgentPID, e.CommandPID)},
+		{"processes", processesText(e)},
 		{"isolated", strings.Join(e.Isolate, ", ") + "; user namespace: " + e.UserNamespace},
 		{"path", fmt.Sprintf("tcp %s, udp %s, ping %s (%s: %s)", s.Path.TCP, s.Path.UDP, s.Path.Ping, s.Path.Configured, s.Path.Why)},
 		{"link", linkText(s.Link)},
@@ -46,6 +45,14 @@ func printStatus(w io.Writer, s api.Status) error {
 		}
 	}
 	return printTable(w, rows)
+}
+
+func processesText(e api.Engine) string {
+	text := fmt.Sprintf("daemon %d, agent %d", e.PID, e.AgentPID)
+	if len(e.Command) > 0 {
+		text += fmt.Sprintf(", command %d: %s", e.CommandPID, printable(strings.Join(e.Command, " ")))
+	}
+	return text
 }
 
 func linkText(l api.LinkStatus) string {

@@ -82,7 +82,7 @@ func (b backend) Status() api.Status {
 			OffloadsAccepted: list(e.link.Offloads().Accepted), OffloadsRefused: list(e.link.Offloads().Refused),
 		},
 		Addresses: e.statusAddresses(report.SNAT),
-		DNS:       api.DNSStatus{Servers: list(e.net.upstreams()), Source: e.net.source},
+		DNS:       api.DNSStatus{Servers: list(e.net.upstreams()), Source: hostResolvConf},
 		Ping:      e.statusPing(report.PingRange),
 		Policy:    api.Policy{HostAccess: e.cfg.HostAccess.String(), HostAddresses: e.cfg.HostAddresses},
 		Flows:     e.statusFlows(),

@@ -8,7 +8,6 @@ package daemon
 import (
 	"fmt"
 	"io"
-	"net/netip"
 	"path/filepath"
 	"strings"
 
@@ -45,11 +44,9 @@ type Options struct {
 	// Reload reads the configuration again; nil where there is nothing to read.
 	Reload func() (*config.Config, error)
 
-	// DNSServers are asked instead of those of the host's resolv.conf; nil for those.
-	DNSServers []netip.AddrPort
-
-	Version string
-	Log     io.Writer // log lines as text
+	Version  string
+	Log      io.Writer // log lines as text
+	Progress io.Writer // what a person who waits wants to know; nil for nobody
 }
 
 // Problem is an error with what a user can do about it.

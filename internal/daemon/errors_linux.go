@@ -3,6 +3,8 @@ package daemon
 import (
 	"errors"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/slipway-net/slipway/internal/nsagent"
 )
 
@@ -22,6 +24,8 @@ func withHint(err error) error {
 	switch {
 	case errors.As(err, &ae):
 		hint = ae.Hint
+	case errors.Is(err, unix.EBADFD): // tun_chr_read_iter of a device without a network interface
+		hint = "somebody inside has deleted the guest's device"
 	case errors.Is(err, ErrRunning):
 		hint = "choose another name with --name, or see it with: slipway ls"
 	case errors.Is(err, ErrNotOurs):

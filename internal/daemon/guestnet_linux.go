@@ -1,7 +1,6 @@
 package daemon
 
 import (
-	"fmt"
 	"net/netip"
 
 	"github.com/slipway-net/slipway/dns"
@@ -19,7 +18,6 @@ type guestNet struct {
 	mirrored  []netip.Prefix
 	resolv    dns.ResolvConf
 	upstreams func() []netip.AddrPort
-	source    string // where upstreams come from
 }
 
 // readHost reads what the guest's network copies from the host's, and lays it out.
@@ -65,11 +63,7 @@ func (e *engine) readResolvConf() {
 	if n.resolv, err = dns.ReadResolvConf(hostResolvConf); err != nil {
 		e.warn("the guest resolves built-in names only: %v", err)
 	}
-	n.source, n.upstreams = hostResolvConf, n.resolv.Upstreams()
-	if e.opts.DNSServers != nil {
-		servers := e.opts.DNSServers
-		n.source, n.upstreams = "given at the start", func() []netip.AddrPort { return servers }
-	}
+	n.upstreams = n.resolv.Upstreams()
 }
 
 func (n *guestNet) subnets() []netip.Prefix { return []netip.Prefix{n.subnet4, n.subnet6} }
@@ -80,9 +74,4 @@ func (n *guestNet) guestAddresses() []netip.Prefix {
 		netip.PrefixFrom(n.Guest4, n.subnet4.Bits()),
 		netip.PrefixFrom(n.Guest6, n.subnet6.Bits()),
 	}
-}
-
-// String describes the layout for the log.
-func (n *guestNet) String() string {
-	return fmt.Sprintf("%v %v, default routes: IPv4 %v, IPv6 %v, %d more", n.Guest4, n.Guest6, n.host.Default4, n.host.Default6, len(n.mirrored))
 }

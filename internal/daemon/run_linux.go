@@ -126,18 +126,38 @@ func (e *engine) serve(ctx context.Context, signals *signals) (int, error) {
 	} else {
 		kill()
 	}
-	// A command that ended left nothing, or has children that need time.
-	ending := make(chan error, 1)
-	go func() { ending <- e.agent.Close(killed) }()
+	err = errors.Join(err, e.end(killed, signals, kill))
+	services.stop()
+	return code, errors.Join(services.err(), err)
+}
+
+// patience is how long a person waits before we say what for.
+const patience = time.Second
+
+// end ends the guest: its command left nothing, or has children that need time.
+func (e *engine) end(killed context.Context, signals *signals, kill func()) error {
+	ended := make(chan error, 1)
+	go func() { ended <- e.agent.Close(killed) }()
+	slow := time.NewTimer(patience)
+	defer slow.Stop()
 	for {
 		select {
-		case cerr := <-ending:
-			return code, errors.Join(err, cerr)
+		case err := <-ended:
+			return err
+		case <-slow.C:
+			e.progress("waiting %v for processes that the command has left; TERM or Ctrl-C kills them", e.cfg.StopTimeout)
 		case sig := <-signals.c:
 			if signals.ends(sig) {
 				kill()
 			}
 		}
+	}
+}
+
+// progress tells a person what takes so long.
+func (e *engine) progress(format string, args ...any) {
+	if e.opts.Progress != nil {
+		fmt.Fprintf(e.opts.Progress, "slipway: "+format+"\n", args...)
 	}
 }
 

@@ -186,13 +186,16 @@ func TestServicesStop(t *testing.T) {
 	s.onStop(func() { order = append(order, "first made") })
 	s.onStop(func() { order = append(order, "last made") })
 	s.start("waits", func(ctx context.Context) error { <-ctx.Done(); return nil })
-	s.start("fails", func(context.Context) error { return errors.New("no") })
-	s.start("fails too", func(context.Context) error { return errors.New("no") })
-	if err := <-s.failed; !strings.Contains(err.Error(), "fails") {
-		t.Errorf("failed with %v", err)
+	late := make(chan struct{})
+	s.start("needed", func(context.Context) error { <-late; return errors.New("it broke") })
+	s.start("needs it", func(context.Context) error { return errors.New("what I need broke") })
+	<-s.failed
+	close(late)
+	s.stop()
+	s.stop()
+	if err := s.err(); err == nil || err.Error() != "serve needed: it broke" {
+		t.Errorf("the cause is %v", err)
 	}
-	s.stop()
-	s.stop()
 	if len(order) != 2 || order[0] != "last made" {
 		t.Errorf("order %v", order)
 	}

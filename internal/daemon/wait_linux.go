@@ -52,7 +52,8 @@ func (s *signals) ends(sig os.Signal) bool {
 func (e *engine) wait(ctx context.Context, signals *signals, s *services, kill func()) (int, error) {
 	main := e.main.Load()
 	if main == nil {
-		return 0, e.waitAttached(ctx, signals, s)
+		e.waitAttached(ctx, signals, s)
+		return 0, nil
 	}
 	type result struct {
 		status nsagent.Status
@@ -70,8 +71,8 @@ func (e *engine) wait(ctx context.Context, signals *signals, s *services, kill f
 		select {
 		case r := <-exited:
 			return r.status.Code, r.err
-		case err := <-s.failed:
-			return 0, err
+		case <-s.failed:
+			return 0, nil // services.err says why
 		case <-done:
 			done = nil
 			stop.signal(unix.SIGTERM)
@@ -110,6 +111,7 @@ func (s *stopper) signal(sig syscall.Signal) bool {
 			return true
 		}
 		s.timer = time.NewTimer(s.engine.cfg.StopTimeout)
+		s.engine.progress("waiting %v for the command to end; a second TERM kills it", s.engine.cfg.StopTimeout)
 	}
 	if err := s.main.Signal(sig); err != nil {
 		s.engine.log.Warn("signal not passed on", slog.String("signal", sig.String()), slog.Any("err", err))
@@ -130,24 +132,29 @@ func (s *stopper) close() {
 	}
 }
 
-// waitAttached blocks until the namespace is gone or a signal comes.
-func (e *engine) waitAttached(ctx context.Context, signals *signals, s *services) error {
+// goneGrace is how long the end of a namespace may take to be told by the agent after
+// its device has told by its own.
+const goneGrace = 2 * time.Second
+
+// waitAttached blocks until the namespace is gone, a part failed, or a signal comes.
+func (e *engine) waitAttached(ctx context.Context, signals *signals, s *services) {
 	for {
 		select {
 		case <-e.agent.Done():
-			return nil
+			s.forgive()
+			return
 		case <-ctx.Done():
-			return nil
-		case err := <-s.failed:
+			return
+		case <-s.failed:
 			select {
-			case <-e.agent.Done(): // the device went with the namespace
-				return nil
-			default:
-				return err
+			case <-e.agent.Done():
+				s.forgive()
+			case <-time.After(goneGrace):
 			}
+			return
 		case sig := <-signals.c:
 			if signals.ends(sig) {
-				return nil
+				return
 			}
 		}
 	}
