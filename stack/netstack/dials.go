@@ -18,8 +18,10 @@ import (
 // longest gap it may have chosen, and at least 3 s, the dial is cancelled.
 //
 // Held SYNs are bounded, and no guest address may use more than two thirds, so that
-// one container that scans a black hole leaves room for the others. A SYN beyond the
-// bounds is dropped and counted; the guest will repeat it.
+// one container that scans a black hole leaves room for the others. A flood from forged
+// addresses looks like many guests; but none of them ever completes a handshake. So a
+// quarter of the room is kept for addresses that have. A SYN beyond the bounds is
+// dropped and counted; the guest will repeat it.
 
 const (
 	firstRetry  = time.Second     // RFC 6298 section 2: the initial retransmission timeout
@@ -48,16 +50,22 @@ func (d *dial) overdue(now time.Time) bool {
 
 // dials is the set of held SYNs.
 type dials struct {
-	max, maxPerGuest int
+	max, maxPerGuest, maxStrangers int
 
 	mu     sync.Mutex // guards the fields below
 	byFlow map[flow.Tuple]*dial
 	guests map[netip.Addr]int
+	known  map[netip.Addr]struct{} // addresses that completed a handshake
 	closed bool
 }
 
+// maxKnown bounds the addresses that are remembered. They are forgotten all at once,
+// which costs them a repeated SYN at the worst.
+const maxKnown = 4096
+
 func (ds *dials) init(most int) {
-	ds.max, ds.maxPerGuest = most, max(1, most*2/3)
+	ds.max, ds.maxPerGuest, ds.maxStrangers = most, max(1, most*2/3), max(1, most*3/4)
+	ds.known = make(map[netip.Addr]struct{})
 	ds.byFlow = make(map[flow.Tuple]*dial)
 	ds.guests = make(map[netip.Addr]int)
 }
@@ -86,10 +94,10 @@ func (ds *dials) begin(parent context.Context, t flow.Tuple, tcpHeader []byte, n
 	switch {
 	case ds.closed:
 		return closedDown
-	case len(ds.byFlow) >= ds.max:
-		return overDials
 	case ds.guests[guest] >= ds.maxPerGuest:
 		return overGuest
+	case len(ds.byFlow) >= ds.max, len(ds.byFlow) >= ds.maxStrangers && !ds.isKnown(guest):
+		return overDials
 	}
 	d := &dial{tuple: t, syn: quote8(tcpHeader), seen: now}
 	if len(tcpHeader) > len(d.syn) {
@@ -100,6 +108,22 @@ func (ds *dials) begin(parent context.Context, t flow.Tuple, tcpHeader []byte, n
 	ds.guests[guest]++
 	admit()
 	return admitted
+}
+
+// isKnown reports whether guest is real. The caller holds mu.
+func (ds *dials) isKnown(guest netip.Addr) bool {
+	_, ok := ds.known[guest]
+	return ok
+}
+
+// know remembers that guest completed a handshake.
+func (ds *dials) know(guest netip.Addr) {
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	if len(ds.known) >= maxKnown && !ds.isKnown(guest) {
+		clear(ds.known)
+	}
+	ds.known[guest] = struct{}{}
 }
 
 // get returns the held SYN of t, which must have been admitted.

@@ -126,6 +126,7 @@ func (s *Stack) answer(r *tcp.ForwarderRequest) (*guestConn, flow.Verdict) {
 // connect completes the guest's handshake. On failure it gives the verdict back and
 // returns nil.
 func (s *Stack) connect(r *tcp.ForwarderRequest, v flow.Verdict) *guestConn {
+	id := r.ID() // Complete forgets it
 	if err := s.bufs.enter(s.ip); err != nil {
 		s.log.Error("buffers keep their size", slog.Any("err", err))
 	}
@@ -137,6 +138,7 @@ func (s *Stack) connect(r *tcp.ForwarderRequest, v flow.Verdict) *guestConn {
 		s.forward.Discard(v)
 		return nil
 	}
+	s.dials.know(tupleOf(id).Guest.Addr())
 	return newGuestConn(ep, wq)
 }
 
