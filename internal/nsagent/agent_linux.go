@@ -2,7 +2,6 @@ package nsagent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -103,7 +102,7 @@ func (a *Agent) receive() {
 		var ev event
 		files, err := a.wire.receive(&ev)
 		if err != nil {
-			if !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) {
+			if err != io.EOF {
 				a.log.Error("protocol error, killing the agent", slog.Any("error", err))
 				a.proc.Kill()
 			}

@@ -43,7 +43,7 @@ const (
 
 // daemonRole is a small daemon: it runs one main command as `slipway run` does.
 func daemonRole() {
-	signal.Ignore(syscall.SIGINT) // as with a controlling terminal
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGINT) // the command's business
 	var spec Spec
 	err := json.Unmarshal([]byte(os.Getenv(envSpec)), &spec)
 	if err != nil {

@@ -176,7 +176,7 @@ func (g *guest) read(requests chan<- message) {
 		var m message
 		var err error
 		if m.files, err = g.wire.receive(&m.request); err != nil {
-			if !errors.Is(err, io.EOF) {
+			if err != io.EOF {
 				fmt.Fprintln(os.Stderr, "slipway: agent: read requests:", err)
 			}
 			return

@@ -44,13 +44,13 @@ func (g *guest) openPing(r *Report) {
 
 // pingRange returns the ends of the range that lets in most of the mapped groups. The
 // kernel compares groups as the host numbers them, and both ends must be mapped, so
-// both are an end of a line of the mapping.
+// both are an end of a line of the mapping. They must be in order in both numberings.
 func pingRange(gids []user.IDMap) (lo, hi int64) {
 	best := int64(-1)
 	for _, a := range gids {
 		for _, b := range gids {
 			first, last := a.ParentID, b.ParentID+b.Count-1
-			if n := covered(gids, first, last); n > best {
+			if n := covered(gids, first, last); n > best && a.ID <= b.ID {
 				best, lo, hi = n, a.ID, b.ID+b.Count-1
 			}
 		}

@@ -123,8 +123,10 @@ type Command struct {
 	TTY bool
 	// Main keeps the program in the daemon's own session and process group, so
 	// that the terminal treats both as one job: Ctrl-C and Ctrl-Z reach it
-	// without our help, a shell may take the terminal and hand it back. Every
-	// other command gets a session of its own.
+	// without our help, a shell may take the terminal and hand it back. So the
+	// daemon must not end by SIGINT; it has to catch it (signal.Notify), as a
+	// command inherits what is ignored. SIGTSTP is best left alone. Every other
+	// command gets a session of its own.
 	Main bool
 }
 

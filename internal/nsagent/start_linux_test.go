@@ -98,7 +98,7 @@ func testMapping(t *testing.T) {
 		"rootless_single":  {MappingSingle, "0 1 1"},
 	}[os.Getenv(envMode)]
 	r := g.Report()
-	if os.Getenv("TMPDIR") == "/tmp" { // else the tester's own IDs
+	if os.Getenv("TMPDIR") == "/tmp" && (os.Geteuid() != 0 || wholeHost(t)) { // else the tester's own IDs
 		if r.Mapping != want.kind {
 			t.Errorf("mapping %q, want %q", r.Mapping, want.kind)
 		}
@@ -141,7 +141,7 @@ func testPing(t *testing.T) {
 		MappingNone: "0 2147483647", MappingIdentity: "0 2147483647",
 		MappingRanges: "0 65536", MappingSingle: "0 0",
 	}[g.Report().Mapping]
-	if got := g.Report().PingRange; got != want {
+	if got := g.Report().PingRange; got != want && (os.Geteuid() != 0 || wholeHost(t)) {
 		t.Errorf("ping range %q, want %q (%s)", got, want, g.Report().PingNote)
 	}
 	g.sh(t, "ping -n -c 1 -W 5 127.0.0.1")

@@ -3,6 +3,7 @@ package nsagent
 import (
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -135,7 +136,10 @@ func (w *wire) receive(body any) (files []*os.File, err error) {
 func (w *wire) read(b []byte) (int, []*os.File, error) {
 	oob := make([]byte, unix.CmsgSpace(maxFiles*4))
 	n, oobn, flags, _, err := w.conn.ReadMsgUnix(b, oob) // sets MSG_CMSG_CLOEXEC
-	if err != nil && err != io.EOF {
+	switch {
+	case errors.Is(err, io.EOF), errors.Is(err, unix.ECONNRESET):
+		return 0, nil, nil // the other end is gone; a reset if it had not read everything
+	case err != nil:
 		return 0, nil, err
 	}
 	var files []*os.File
