@@ -39,6 +39,10 @@ import (
 // The daemon may end without any of this (kill -9): the agent then ends the guest by
 // itself, the kernel takes sockets, device and namespaces, and what remains is the
 // state directory, whose lock is free.
+//
+// The garbage collector is left alone: an idle daemon has less than 1 MiB of objects and
+// 13 MiB resident, and no setting made a difference to the connection rate that could be
+// told from noise (GOGC=off included).
 
 // engine is one engine while it runs.
 type engine struct {
@@ -104,6 +108,7 @@ func (e *engine) run(ctx context.Context) (code int, err error) {
 	}
 	defer e.agent.Release() // the device: its users have gone
 	raiseFileLimit()
+	signals.ownTerminal()
 	return e.serve(ctx, signals)
 }
 

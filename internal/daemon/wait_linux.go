@@ -39,7 +39,15 @@ func catchSignals() *signals {
 	return s
 }
 
-func (s *signals) stop() { signal.Stop(s.c) }
+// ownTerminal keeps us running when the guest has taken the terminal we log to: with
+// stty tostop a process in the background is stopped at its first word. An ignored
+// signal is inherited, so this comes after the agent's start, the last of our children.
+func (s *signals) ownTerminal() { signal.Ignore(unix.SIGTTOU) }
+
+func (s *signals) stop() {
+	signal.Stop(s.c)
+	signal.Reset(unix.SIGTTOU)
+}
 
 // ends reports whether a signal asks a daemon whose command has ended, or that has
 // none, to end.
