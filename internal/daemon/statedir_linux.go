@@ -41,9 +41,10 @@ var (
 var validName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]{0,31}$`)
 
 // stateRoot is where this user's engines live: /run/slipway for root, else under
-// XDG_RUNTIME_DIR, else under a directory of the user's in the temporary one.
+// XDG_RUNTIME_DIR, else under a directory of the user's in the temporary one. Root of a
+// user namespace that an ordinary user made is no root to /run.
 func stateRoot() string {
-	if os.Geteuid() == 0 {
+	if os.Geteuid() == 0 && unix.Access("/run", unix.W_OK) == nil {
 		return "/run/slipway"
 	}
 	if d := os.Getenv("XDG_RUNTIME_DIR"); filepath.IsAbs(d) {
