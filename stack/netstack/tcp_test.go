@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"net"
 	"net/netip"
 	"sync"
 	"testing"
@@ -52,22 +51,6 @@ func guestStack(b *bench) *stack.Stack {
 	})
 	return g
 }
-
-// hostEnd is a flow.Conn over net.Pipe's like, one TCP connection on loopback.
-type hostEnd struct{ *net.TCPConn }
-
-func (h hostEnd) ReadBuf(p *flow.BufPool) (*flow.Buf, error) {
-	b := p.Get()
-	n, err := h.Read(b.Room())
-	if err != nil {
-		p.Put(b)
-		return nil, err
-	}
-	b.Bytes = b.Room()[:n]
-	return b, nil
-}
-
-func (h hostEnd) Abort() { h.SetLinger(0); h.TCPConn.Close() }
 
 // echoRelay answers every connection with its own bytes.
 func echoRelay(_ context.Context, c flow.Conn, _ flow.Verdict) {
