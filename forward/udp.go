@@ -120,7 +120,7 @@ type udpConfig struct {
 	Table  flowTable
 	Policy *Policy
 	Log    *slog.Logger
-	Max    int // mappings; zero means udpMaxMappings
+	Max    int // mappings; zero means as many as the host's limits allow, at most udpMaxMappings
 
 	sockets udpSockets // for tests; nil means the host's
 }
@@ -154,7 +154,7 @@ type udpCounters struct {
 	denied, filtered, full, tooBig, failed, malformed atomic.Uint64
 	errorsRelayed, errorsLimited, errorsUnknown       atomic.Uint64
 	evicted, evictedAnswered, refused, noSocket       atomic.Uint64
-	expired                                           atomic.Uint64
+	expired, overrun                                  atomic.Uint64
 }
 
 // UDPStats are counters since the start, but for Mappings, which is now.
@@ -164,7 +164,8 @@ type UDPStats struct {
 
 	Denied    uint64 // datagrams that policy refused
 	Filtered  uint64 // datagrams from addresses the guest had not sent to
-	Full      uint64 // datagrams dropped because the host's socket was full
+	Full      uint64 // datagrams to a target dropped because the host's socket was full
+	Overrun   uint64 // datagrams to the guest dropped because we were slower than they came
 	TooBig    uint64 // datagrams with DF beyond the MTU of the host's route
 	Failed    uint64 // datagrams that the host's kernel refused for another reason
 	Malformed uint64 // trains with more datagrams than any kernel makes
@@ -183,7 +184,7 @@ type UDPStats struct {
 // newUDPMaps makes udpMaps. The caller closes them.
 func newUDPMaps(cfg udpConfig) *udpMaps {
 	if cfg.Max == 0 {
-		cfg.Max = udpMaxMappings
+		cfg.Max = socketShare()
 	}
 	u := &udpMaps{
 		cfg: cfg, sockets: cfg.sockets,
@@ -382,7 +383,7 @@ func (u *udpMaps) stats() UDPStats {
 	s := &u.count
 	return UDPStats{
 		Mappings: n, Limit: u.cfg.Max,
-		Denied: s.denied.Load(), Filtered: s.filtered.Load(), Full: s.full.Load(), TooBig: s.tooBig.Load(),
+		Denied: s.denied.Load(), Filtered: s.filtered.Load(), Full: s.full.Load(), TooBig: s.tooBig.Load(), Overrun: s.overrun.Load(),
 		Failed: s.failed.Load(), Malformed: s.malformed.Load(),
 		ErrorsRelayed: s.errorsRelayed.Load(), ErrorsLimited: s.errorsLimited.Load(), ErrorsUnknown: s.errorsUnknown.Load(),
 		Evicted: s.evicted.Load(), EvictedAnswered: s.evictedAnswered.Load(), Refused: s.refused.Load(),

@@ -31,6 +31,7 @@ func (u *hostUDPSockets) open(v6 bool, m *udpMapping) (udpSocket, error) {
 		unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1)
 	}
 	unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1) // Linux 5.0; without it datagrams come one by one
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RXQ_OVFL, 1)
 	s := &hostUDP{mapping: m, poll: &u.poll, header: headerOptions{v6: v6}}
 	s.fd.open(fd)
 	if err := u.poll.add(fd, s); err != nil {
@@ -153,6 +154,18 @@ type hostUDP struct {
 	to6    unix.SockaddrInet6
 	oob    [32]byte // a control message with UDP_SEGMENT
 	noGSO  bool     // the route's device cannot, or the kernel is too old
+
+	overrun uint32 // of the receiver: what ancillary said last
+}
+
+// socketShare is how many sockets the mappings may hold: half of the files that the
+// process may open. The rest is for TCP.
+func socketShare() int {
+	var l unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &l) != nil || l.Cur > 2*udpMaxMappings {
+		return udpMaxMappings
+	}
+	return int(l.Cur / 2)
 }
 
 // send implements udpSocket.
@@ -329,6 +342,10 @@ func (s *hostUDP) relay(rx *recvBatch, n int) {
 	for i := 0; i < n; {
 		from, a, b := rx.from(i), parseAncillary(rx.oob(i)), rx.payload(i)
 		i++
+		if a.overrun > s.overrun {
+			s.mapping.maps.count.overrun.Add(uint64(a.overrun - s.overrun))
+			s.overrun = a.overrun
+		}
 		if a.segment >= len(b) {
 			a.segment = 0
 		}
@@ -336,7 +353,10 @@ func (s *hostUDP) relay(rx *recvBatch, n int) {
 		for ; i < n && a.segment == 0 && size > 0; i++ {
 			next := rx.payload(i)
 			if len(next) == 0 || len(next) > size || len(b)+len(next) > maxTrain ||
-				len(b)%size != 0 || rx.from(i) != from || parseAncillary(rx.oob(i)) != (ancillary{hops: a.hops, tos: a.tos}) {
+				len(b)%size != 0 || rx.from(i) != from {
+				break
+			}
+			if other := parseAncillary(rx.oob(i)); other.segment != 0 || !other.like(a) {
 				break
 			}
 			b = append(b, next...) // b has the capacity of the whole buffer

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -212,6 +213,39 @@ func TestUDPOneBadDatagramDoesNotEndAMapping(t *testing.T) {
 	}
 }
 
+// slowGuest takes nothing until it is released.
+type slowGuest struct {
+	countingGuest
+	started, release chan struct{}
+	once             *sync.Once
+}
+
+func (g slowGuest) WriteDatagram(d flow.Datagram) error {
+	g.once.Do(func() { close(g.started); <-g.release })
+	return g.countingGuest.WriteDatagram(d)
+}
+
+// TestUDPOverrunIsCounted fills the host's socket while the guest's link is stuck.
+func TestUDPOverrunIsCounted(t *testing.T) {
+	g := slowGuest{countingGuest{make(chan int, 1<<16)}, make(chan struct{}), make(chan struct{}), new(sync.Once)}
+	u := hostMaps(t, g, 0)
+	server := echoServer(t, "127.0.0.1:0")
+	d := flow.Datagram{Guest: guest1, Target: netip.AddrPortFrom(alias4, server.Port()), Payload: make([]byte, 1000), Hops: 63}
+	u.Datagram(d)
+	<-g.started
+	for range 3000 { // several times what a socket holds
+		u.Datagram(d)
+	}
+	close(g.release)
+	for deadline := time.Now().Add(patience); u.stats().Overrun == 0; {
+		if time.Now().After(deadline) {
+			t.Fatalf("%+v, want some overrun", u.stats())
+		}
+		u.Datagram(d)
+		<-g.got
+	}
+}
+
 // TestUDPStress has mappings come and go while datagrams pass: for the race detector
 // and for file descriptors.
 func TestUDPStress(t *testing.T) {
@@ -305,6 +339,7 @@ func TestParseAncillary(t *testing.T) {
 		{"v4", append(number(unix.SOL_IP, unix.IP_TTL, 4, 7), number(unix.SOL_IP, unix.IP_TOS, 1, 9)...), ancillary{hops: 7, tos: 9}},
 		{"v6", append(number(unix.SOL_IPV6, unix.IPV6_HOPLIMIT, 4, 7), number(unix.SOL_IPV6, unix.IPV6_TCLASS, 4, 9)...), ancillary{hops: 7, tos: 9}},
 		{"train", number(unix.SOL_UDP, unix.UDP_GRO, 4, 100), ancillary{segment: 100, hops: defaultHops}},
+		{"overrun", number(unix.SOL_SOCKET, unix.SO_RXQ_OVFL, 4, 5), ancillary{hops: defaultHops, overrun: 5}},
 		{"other", number(unix.SOL_SOCKET, unix.SO_TIMESTAMP, 8, 1), ancillary{hops: defaultHops}},
 		{"cut", number(unix.SOL_IP, unix.IP_TTL, 4, 7)[:17], ancillary{hops: defaultHops}},
 		{"zero", number(unix.SOL_IP, unix.IP_TTL, 4, 0), ancillary{}},

@@ -55,6 +55,9 @@ func receive(conn *net.UDPConn, m *udpMapping) {
 	}
 }
 
+// socketShare is how many sockets the mappings may hold.
+func socketShare() int { return udpMaxMappings }
+
 // defaultHops is the TTL of a packet whose sender does not say otherwise.
 const defaultHops = 64
 

@@ -13,7 +13,14 @@ type ancillary struct {
 	segment int   // size of the datagrams in a train, 0 for a single one
 	hops    uint8 // TTL or hop limit on arrival
 	tos     uint8
+
+	// overrun counts what the kernel has dropped since the socket's start because we
+	// were slow; 0 also when it does not say.
+	overrun uint32
 }
+
+// like reports whether two datagrams' packets looked the same.
+func (a ancillary) like(b ancillary) bool { return a.hops == b.hops && a.tos == b.tos }
 
 // parseAncillary reads the control messages in oob. Others, and broken ones, are
 // skipped.
@@ -32,6 +39,8 @@ func parseAncillary(oob []byte) (a ancillary) {
 			a.hops = uint8(cmsgNumber(data))
 		case h.Level == unix.SOL_IP && h.Type == unix.IP_TOS, h.Level == unix.SOL_IPV6 && h.Type == unix.IPV6_TCLASS:
 			a.tos = uint8(cmsgNumber(data))
+		case h.Level == unix.SOL_SOCKET && h.Type == unix.SO_RXQ_OVFL:
+			a.overrun = cmsgNumber(data)
 		}
 	}
 	return a

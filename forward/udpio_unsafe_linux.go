@@ -17,7 +17,7 @@ const (
 	// and the longest train (UDP_GRO).
 	recvBufLen = 64 << 10
 
-	// recvOOBLen holds the control messages we ask for: three of at most 24 bytes.
+	// recvOOBLen holds the control messages we ask for: four of at most 24 bytes.
 	recvOOBLen = 128
 )
 
