@@ -107,6 +107,72 @@ func TestUserErrors(t *testing.T) {
 	})
 }
 
+// TestUnreadableConfig: a file that the user may not read is named.
+func TestUnreadableConfig(t *testing.T) {
+	eachUser(t, func(t *testing.T, n *topo.Topology, u user) {
+		file := runTmp + "/secret.toml"
+		if err := os.WriteFile(file, nil, 0); err != nil {
+			t.Fatal(err)
+		}
+		defer os.Remove(file)
+		r := finish(t, n.Host, u.slipway("run", "--config", file, "--", "true"), 15*time.Second)
+		want := 0 // root reads everything
+		if u.rootless && isRoot() {
+			want = 125
+		}
+		if r.code != want || want != 0 && (badMessage(r.stderr) != "" || !strings.Contains(r.stderr, file)) {
+			t.Errorf("status %d, expected %d: %s", r.code, want, r.stderr)
+		}
+	})
+}
+
+// TestStrangeStateDirectory: a state directory that is not ours is not used, nor
+// removed.
+func TestStrangeStateDirectory(t *testing.T) {
+	eachUser(t, func(t *testing.T, n *topo.Topology, u user) {
+		runCommand(t, n, u, "true") // makes the folder of all engines
+		name := newName()
+		dir := u.stateDir() + "/" + name
+		if err := os.WriteFile(dir, []byte("precious"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		defer os.Remove(dir)
+		r := finish(t, n.Host, u.slipway("run", "--name", name, "--", "true"), 15*time.Second)
+		if r.code != 125 || badMessage(r.stderr) != "" {
+			t.Errorf("a file in its place: status %d: %s", r.code, r.stderr)
+		}
+		if text, _ := os.ReadFile(dir); string(text) != "precious" {
+			t.Error("the file was changed")
+		}
+	})
+}
+
+// TestNoUserNamespaces: where the system allows none, a rootless run says so and
+// what to do.
+func TestNoUserNamespaces(t *testing.T) {
+	eachUser(t, func(t *testing.T, n *topo.Topology, u user) {
+		script := "echo 0 > /proc/sys/user/max_user_namespaces && exec \"$@\""
+		cmd := exec.Command(lookPath(t, "unshare"), "-U", "--map-root-user", "sh", "-c", script, "sh",
+			os.Getenv(envBin), "run", "--rootless", "--", "true")
+		u.dress(cmd)
+		cmd.Env = append(cmd.Env, "XDG_RUNTIME_DIR="+runTmp)
+		r := finish(t, n.Host, cmd, 15*time.Second)
+		if r.code != 125 || badMessage(r.stderr) != "" || !strings.Contains(r.stderr, "hint: ") {
+			t.Errorf("status %d: %s", r.code, r.stderr)
+		}
+	})
+}
+
+// TestDemo is what make run does: every check passes, without a terminal.
+func TestDemo(t *testing.T) {
+	eachUser(t, func(t *testing.T, n *topo.Topology, u user) {
+		r := finish(t, n.Host, u.slipway("demo"), 60*time.Second)
+		if r.code != 0 {
+			t.Errorf("status %d\n%s%s", r.code, r.stdout, r.stderr)
+		}
+	})
+}
+
 // badMessage says what is wrong with an error message: it is to be a line
 // "slipway: ..." for each problem, perhaps with a line "hint: ..." after it.
 func badMessage(s string) string {

@@ -301,7 +301,7 @@ func TestBlackHoleDials(t *testing.T) {
 			var dials sync.WaitGroup
 			for i := range 1000 {
 				dials.Go(func() {
-					if s := dialError(g.ns, at(topo.BlackHole4, 1+i), 8*time.Second); s != "silence" {
+					if s := dialError(g.ns, at(topo.BlackHole4, 1+i), 5*time.Second); s != "silence" {
 						t.Errorf("the black hole says %q", s)
 					}
 				})

@@ -26,8 +26,13 @@ func TestPing(t *testing.T) {
 	eachGuest(t, func(t *testing.T, g *guest) {
 		eachFamily(t, func(t *testing.T, f family) {
 			for _, size := range []string{"0", "56", "1472", "8000"} {
-				r := g.run(t, ping(f, "-c", "3", "-i", "0.01", "-s", size, f.world.String())...)
-				if r.code != 0 || !strings.Contains(r.stdout, "3 received") {
+				var r result
+				// ping waits for the last answers for twice the time of the first,
+				// which a busy machine may exceed: three tries.
+				if !slices.ContainsFunc([]int{1, 2, 3}, func(int) bool {
+					r = g.run(t, ping(f, "-c", "3", "-i", "0.01", "-s", size, f.world.String())...)
+					return r.code == 0 && strings.Contains(r.stdout, "3 received")
+				}) {
 					t.Errorf("ping of %s bytes: status %d\n%s%s", size, r.code, r.stdout, r.stderr)
 				}
 			}
@@ -40,9 +45,12 @@ func TestPing(t *testing.T) {
 				dead, hole = topo.Dead6, topo.BlackHole6
 			}
 			for _, a := range []netip.Addr{dead, hole} {
-				if r := g.run(t, ping(f, "-c", "1", a.String())...); r.code == 0 || !strings.Contains(r.stdout, " 0 received") {
-					t.Errorf("ping of %v, where nobody is: status %d\n%s", a, r.code, r.stdout)
-				}
+				t.Run("nobody at "+a.String(), func(t *testing.T) {
+					t.Parallel()
+					if r := g.run(t, ping(f, "-c", "1", a.String())...); r.code == 0 || !strings.Contains(r.stdout, " 0 received") {
+						t.Errorf("status %d\n%s", r.code, r.stdout)
+					}
+				})
 			}
 		})
 	})
@@ -81,10 +89,13 @@ func TestTraceroute(t *testing.T) {
 				{"mtr", version, "-n", "--report", "--report-wide", "-c", "1", "-G", "2", f.world.String()},
 				{"mtr", version, "-n", "--udp", "--report", "--report-wide", "-c", "1", "-G", "2", f.world.String()},
 			} {
-				r := g.run(t, args...)
-				if got := hops(r.stdout); r.code != 0 || !slices.Equal(got, want) {
-					t.Errorf("%s: status %d, hops %v, expected %v\n%s%s", strings.Join(args, " "), r.code, got, want, r.stdout, r.stderr)
-				}
+				t.Run(strings.Join(args, " "), func(t *testing.T) {
+					t.Parallel()
+					r := g.run(t, args...)
+					if got := hops(r.stdout); r.code != 0 || !slices.Equal(got, want) {
+						t.Errorf("status %d, hops %v, expected %v\n%s%s", r.code, got, want, r.stdout, r.stderr)
+					}
+				})
 			}
 		})
 	})
