@@ -130,18 +130,20 @@ func TestUnreadableConfig(t *testing.T) {
 // removed.
 func TestStrangeStateDirectory(t *testing.T) {
 	eachUser(t, func(t *testing.T, n *topo.Topology, u user) {
-		runCommand(t, n, u, "true") // makes the folder of all engines
 		name := newName()
 		dir := u.stateDir() + "/" + name
-		if err := os.WriteFile(dir, []byte("precious"), 0o600); err != nil {
-			t.Fatal(err)
+		script := "mkdir -m 700 -p " + u.stateDir() + " && umask 077 && echo precious >" + dir
+		cmd := exec.Command(lookPath(t, "sh"), "-c", script)
+		u.dress(cmd)
+		if r := finish(t, n.Host, cmd, 5*time.Second); r.code != 0 {
+			t.Fatal(r.stderr)
 		}
 		defer os.Remove(dir)
 		r := finish(t, n.Host, u.slipway("run", "--name", name, "--", "true"), 15*time.Second)
 		if r.code != 125 || badMessage(r.stderr) != "" {
 			t.Errorf("a file in its place: status %d: %s", r.code, r.stderr)
 		}
-		if text, _ := os.ReadFile(dir); string(text) != "precious" {
+		if text, _ := os.ReadFile(dir); string(text) != "precious\n" {
 			t.Error("the file was changed")
 		}
 	})
