@@ -54,6 +54,8 @@ func TestMain(m *testing.M) {
 	case roleEcho:
 		os.Exit(echo())
 	}
+	// Under nohup HUP is ignored, and so it would be for what we start.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
 	os.Exit(inner(m))
 }
 

@@ -24,18 +24,32 @@ var passed = []os.Signal{unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, 
 // signals is what the process was sent since catchSignals.
 type signals struct {
 	c        chan os.Signal
-	terminal bool // there is a controlling terminal
+	terminal bool           // there is a controlling terminal
+	broken   chan os.Signal // takes PIPE; nobody reads it
 }
 
 // catchSignals takes over the signals of passed. A signal that comes before somebody
 // reads waits.
+//
+// What whoever started us has ignored stays so, for us and the command, which inherits
+// it: HUP under nohup, INT in the background of a script. Without a terminal INT is
+// passed on all the same: it can only be meant for the command.
+//
+// PIPE is caught, or the first word to a log that nobody reads any more would end us
+// (os/signal says so of standard error), and the guest with us. The write's error is all
+// there is to know.
 func catchSignals() *signals {
-	s := &signals{c: make(chan os.Signal, 16)}
+	s := &signals{c: make(chan os.Signal, 16), broken: make(chan os.Signal, 1)}
 	if tty, err := os.OpenFile("/dev/tty", os.O_RDWR|unix.O_NOCTTY, 0); err == nil {
 		s.terminal = true
 		tty.Close()
 	}
-	signal.Notify(s.c, passed...)
+	for _, sig := range passed {
+		if !signal.Ignored(sig) || sig == unix.SIGINT && !s.terminal {
+			signal.Notify(s.c, sig)
+		}
+	}
+	signal.Notify(s.broken, unix.SIGPIPE)
 	return s
 }
 
@@ -46,6 +60,7 @@ func (s *signals) ownTerminal() { signal.Ignore(unix.SIGTTOU) }
 
 func (s *signals) stop() {
 	signal.Stop(s.c)
+	signal.Stop(s.broken)
 	signal.Reset(unix.SIGTTOU)
 }
 
