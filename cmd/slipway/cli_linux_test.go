@@ -76,9 +76,11 @@ func TestStateDirectoryOfOthers(t *testing.T) {
 	if err := os.Chmod("/run/slipway", 0o777); err != nil {
 		t.Fatal(err)
 	}
-	r := slipway(t, "run", "--", "true")
-	if r.code != 125 || !strings.Contains(r.stderr, "/run/slipway: not a private directory") || !strings.Contains(r.stderr, "hint: ") {
-		t.Errorf("status %d, stderr %s", r.code, r.stderr)
+	for _, args := range [][]string{{"run", "--", "true"}, {"exec", "a", "--", "true"}, {"status", "a"}} {
+		r := slipway(t, args...)
+		if r.code != 125 || !strings.Contains(r.stderr, "/run/slipway: not a private directory") || !strings.Contains(r.stderr, "hint: ") {
+			t.Errorf("%v: status %d, stderr %s", args, r.code, r.stderr)
+		}
 	}
 }
 

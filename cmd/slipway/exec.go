@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/slipway-net/slipway/internal/api"
+	"github.com/slipway-net/slipway/internal/config"
 	"github.com/slipway-net/slipway/internal/daemon"
 )
 
@@ -26,9 +27,12 @@ func newExec(code *int) *cobra.Command {
 			if len(command) == 0 {
 				return usage(cmd, errors.New("CMD is missing"))
 			}
+			if err := config.CheckName(args[0]); err != nil {
+				return usage(cmd, err)
+			}
 			c, err := daemon.ClientOf(args[0])
 			if err != nil {
-				return usage(cmd, err)
+				return err
 			}
 			defer c.Close()
 			req := api.ExecRequest{Args: command, Env: os.Environ()}

@@ -91,10 +91,15 @@ func NameFor(command []string, pid int) string {
 // socketName is the file of the control API in a state directory.
 const socketName = "api.sock"
 
-// ClientOf returns a client for this user's engine of that name, running or not.
+// ClientOf returns a client for this user's engine of that name, running or not. It is
+// an error if the engine could be somebody else's.
 func ClientOf(name string) (*api.Client, error) {
 	if err := config.CheckName(name); err != nil {
 		return nil, err
 	}
-	return api.NewClient(name, filepath.Join(stateRoot(), name, socketName)), nil
+	root := stateRoot()
+	if err := checkRoot(root); err != nil {
+		return nil, err
+	}
+	return api.NewClient(name, filepath.Join(root, name, socketName)), nil
 }

@@ -16,3 +16,5 @@ func Run(context.Context, Options) (int, error) { return CodeFailed, errLinux }
 func Engines() ([]string, error) { return nil, errLinux }
 
 func stateRoot() string { return "" }
+
+func checkRoot(string) error { return errLinux }

@@ -115,9 +115,14 @@ func (s *stateDir) clear() error {
 // file returns the path of a file in the directory.
 func (s *stateDir) file(name string) string { return filepath.Join(s.path, name) }
 
-// write replaces a file in place: bind mounts of it follow.
+// write replaces a file in place: bind mounts of it follow. Other users than ours read
+// it inside, whatever our umask is; on the host the directory keeps them out.
 func (s *stateDir) write(name string, b []byte) error {
-	return os.WriteFile(s.file(name), b, 0o644)
+	const mode = 0o644
+	if err := os.WriteFile(s.file(name), b, mode); err != nil {
+		return err
+	}
+	return os.Chmod(s.file(name), mode)
 }
 
 // Close removes the directory and lets go of the name.
@@ -172,15 +177,30 @@ func privateDir(path string) error {
 	if err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
+	if err = checkPrivate(path); errors.Is(err, fs.ErrNotExist) { // removed meanwhile by its last user
+		return privateDir(path)
+	}
+	return err
+}
+
+// checkPrivate returns nil if path is a directory that only we can use.
+func checkPrivate(path string) error {
 	var st unix.Stat_t
 	if err := unix.Lstat(path, &st); err != nil {
-		if err == unix.ENOENT { // removed meanwhile by its last user
-			return privateDir(path)
-		}
 		return fmt.Errorf("stat %s: %w", path, err)
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR || st.Uid != uint32(os.Geteuid()) || st.Mode&0o077 != 0 {
 		return fmt.Errorf("%s: %w", path, ErrNotOurs)
+	}
+	return nil
+}
+
+// checkRoot returns an error if somebody else may have put engines below root, which can
+// be a well-known name in a directory open to everybody. An exec would give them our
+// environment and our terminal.
+func checkRoot(root string) error {
+	if err := checkPrivate(root); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return withHint(fmt.Errorf("look for engines on %w", err))
 	}
 	return nil
 }

@@ -77,6 +77,9 @@ func TestStateDirNotOurs(t *testing.T) {
 			if _, err := openState(root, "a"); !errors.Is(err, tt.want) {
 				t.Errorf("open = %v, want %v", err, tt.want)
 			}
+			if err := checkRoot(root); tt.name != "engine is a link" && !errors.Is(err, tt.want) {
+				t.Errorf("check = %v, want %v", err, tt.want)
+			}
 		})
 	}
 	for _, name := range []string{"", ".", "..", "a/b", "-a", "a b", string(make([]byte, 33))} {
