@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -160,9 +162,7 @@ func newUp(code *int) *cobra.Command {
 				return err
 			}
 			o.Command, o.Dir = e.Command, e.Directory
-			for k, v := range e.Environment {
-				o.Env = append(o.Env, k+"="+v)
-			}
+			o.Env = setEnv(o.Env, e.Environment)
 			*code, err = daemon.Run(cmd.Context(), o)
 			return err
 		},
@@ -170,6 +170,20 @@ func newUp(code *int) *cobra.Command {
 	f.add(cmd)
 	f.addRootless(cmd)
 	return cmd
+}
+
+// setEnv returns env with the variables of own. A name may not appear twice: the C
+// library and Go take the first value, shells and Python the last.
+func setEnv(env []string, own map[string]string) []string {
+	out := slices.DeleteFunc(slices.Clone(env), func(e string) bool {
+		name, _, _ := strings.Cut(e, "=")
+		_, set := own[name]
+		return set
+	})
+	for _, name := range slices.Sorted(maps.Keys(own)) {
+		out = append(out, name+"="+own[name])
+	}
+	return out
 }
 
 // chooseConfigured finds the configured engine that is meant.
