@@ -37,7 +37,7 @@ func newExec(code *int) *cobra.Command {
 			defer c.Close()
 			req := api.ExecRequest{Args: command, Env: os.Environ()}
 			if dir, err := os.Getwd(); err == nil {
-				req.Dir = dir
+				req.Dir = api.Word(dir)
 			}
 			signals := make(chan os.Signal, 16)
 			signal.Notify(signals, forwarded...)

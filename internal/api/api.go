@@ -50,10 +50,10 @@ func (e *Error) Error() string { return e.Message }
 
 // ExecRequest says what to start.
 type ExecRequest struct {
-	Args []string `json:"args"`          // the program and its arguments
-	Env  []string `json:"env"`           // NAME=value; the whole environment
-	Dir  string   `json:"dir,omitempty"` // absolute; empty for the engine's own
-	TTY  bool     `json:"tty,omitempty"` // standard input is a terminal to be controlled by
+	Args Words `json:"args"`          // the program and its arguments
+	Env  Words `json:"env"`           // NAME=value; the whole environment
+	Dir  Word  `json:"dir,omitempty"` // absolute; empty for the engine's own
+	TTY  bool  `json:"tty,omitempty"` // standard input is a terminal to be controlled by
 }
 
 // Status is the state of one engine.

@@ -65,7 +65,7 @@ func (f *fake) Exec(_ context.Context, r ExecRequest, stdio [3]*os.File) (Proces
 		return nil, f.refuse
 	}
 	cmd := exec.Command(r.Args[0], r.Args[1:]...)
-	cmd.Env, cmd.Dir = r.Env, r.Dir
+	cmd.Env, cmd.Dir = r.Env, string(r.Dir)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdio[0], stdio[1], stdio[2]
 	if err := cmd.Start(); err != nil {
 		return nil, err

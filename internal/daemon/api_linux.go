@@ -47,7 +47,7 @@ func (b backend) Flows() []*flow.Flow { return b.table.Snapshot() }
 // Exec implements api.Backend.
 func (b backend) Exec(ctx context.Context, r api.ExecRequest, stdio [3]*os.File) (api.Process, error) {
 	p, err := b.agent.Exec(ctx, nsagent.Command{
-		Args: r.Args, Env: r.Env, Dir: r.Dir, TTY: r.TTY,
+		Args: r.Args, Env: r.Env, Dir: string(r.Dir), TTY: r.TTY,
 		Stdin: stdio[0], Stdout: stdio[1], Stderr: stdio[2],
 	})
 	if err != nil {
