@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -93,7 +94,10 @@ func (e *engine) wait(ctx context.Context, signals *signals, s *services, kill f
 	for {
 		select {
 		case r := <-exited:
-			return r.status.Code, r.err
+			if r.err != nil {
+				return 0, fmt.Errorf("serve engine %s: %w", e.opts.Name, r.err)
+			}
+			return r.status.Code, nil
 		case <-s.failed:
 			return 0, nil // services.err says why
 		case <-done:
