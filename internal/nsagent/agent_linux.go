@@ -188,6 +188,9 @@ func (a *Agent) abandon() {
 // left, and waits until everything is gone. When ctx ends, it kills at once. It does
 // not close the TUN, which is the caller's. Calls after the first do nothing but wait.
 func (a *Agent) Close(ctx context.Context) error {
+	// An agent that takes longer is stopped or stuck.
+	ctx, cancel := context.WithTimeout(ctx, a.spec.StopTimeout+orphanGrace+killLimit+killGrace)
+	defer cancel()
 	a.wire.send(request{Stop: &stopRequest{Grace: a.spec.StopTimeout}}) // fails if it has ended
 	select {
 	case <-a.ended:

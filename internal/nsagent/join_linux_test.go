@@ -249,13 +249,14 @@ func testJoinRefused(t *testing.T) {
 	}
 
 	f.sh(t, "ip link add d0 type veth peer name d1; ip link set d1 up; ip addr add 203.0.113.2/24 dev d0; ip link set d0 up; ip route add default via 203.0.113.1")
-	before := f.sh(t, foreignState)
+	const state = `ip -o link | wc -l; ip route; nft list ruleset; ` + foreignSysctl
+	before := f.sh(t, state)
 	err := join(Join{PID: f.pid})
 	hinted(t, err, "ip route del default")
 	if !errors.Is(err, ErrHasDefaultRoute) {
 		t.Errorf("error %v", err)
 	}
-	if after := f.sh(t, foreignState); after != before {
+	if after := f.sh(t, state); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
 	f.sh(t, "ip route del default; ip addr add 2001:db8::2/64 dev d0 nodad; ip route add default via 2001:db8::1")

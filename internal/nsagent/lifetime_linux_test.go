@@ -26,6 +26,7 @@ func init() {
 		guestTest{"close_stubborn", testCloseStubborn},
 		guestTest{"close_cancelled", testCloseCancelled},
 		guestTest{"close_stopped", testCloseStopped},
+		guestTest{"close_stuck", testCloseStuck},
 		guestTest{"close_leaves_nothing", testCloseLeavesNothing},
 		guestTest{"daemon_killed", testDaemonKilled},
 		guestTest{"agent_killed", testAgentKilled},
@@ -198,6 +199,29 @@ func testCloseCancelled(t *testing.T) {
 	}
 }
 
+// An agent that does not answer is killed, and what it had started with it.
+func testCloseStuck(t *testing.T) {
+	g := start(t, testSpec(t))
+	p, err := g.Exec(t.Context(), Command{Env: os.Environ(), Args: []string{"sleep", "1000"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Kill(g.PID(), unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := g.Close(ctx); err != nil {
+		t.Error(err)
+	}
+	if _, err := p.Wait(); !errors.Is(err, ErrClosed) {
+		t.Errorf("Wait: %v", err)
+	}
+	if alive(p.PID()) {
+		t.Error("the command is alive")
+	}
+}
+
 // A command stopped by Ctrl-Z hears TERM, too.
 func testCloseStopped(t *testing.T) {
 	g := start(t, testSpec(t))
@@ -234,9 +258,10 @@ func trace(t testing.TB) string {
 func testCloseLeavesNothing(t *testing.T) {
 	end(t, start(t, testSpec(t)).Agent) // opens what Go's runtime keeps for good
 	before := trace(t)
+	mark := fmt.Sprint(100000 + os.Getpid()) // other modes run beside us
 	for _, orphan := range []string{
-		`(setsid sh -c 'trap "" HUP; sleep 1000' >&- 2>&- </dev/null & )`,
-		`(sh -c 'trap "" TERM; sleep 1001' >&- 2>&- </dev/null & )`,
+		`(setsid sh -c 'trap "" HUP; sleep ` + mark + `' >&- 2>&- </dev/null & )`,
+		`(sh -c 'trap "" TERM; sleep ` + mark + `' >&- 2>&- </dev/null & )`,
 	} {
 		g := start(t, testSpec(t))
 		left := g.sh(t, orphan+`
@@ -250,7 +275,7 @@ func testCloseLeavesNothing(t *testing.T) {
 	if after := trace(t); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
-	if out, err := exec.Command("pgrep", "-u", strconv.Itoa(os.Geteuid()), "-f", "^sleep 100[01]$").Output(); err == nil {
+	if out, err := exec.Command("pgrep", "-f", "^sleep "+mark+"$").Output(); err == nil {
 		t.Errorf("orphans are left: %s", out)
 	}
 }

@@ -112,6 +112,7 @@ func TestGuests(t *testing.T) {
 	}
 	for _, m := range modes {
 		t.Run(m.name, func(t *testing.T) {
+			t.Parallel() // they mostly wait
 			if m.uid != 0 && !wholeHost(t) {
 				missing(t, "root outside of user namespaces, to become other users")
 			}
@@ -138,7 +139,8 @@ func runMode(t *testing.T, name string) {
 		run += "/" + f[2]
 	}
 	c := exec.Command(selfExe, "-test.v", run, "-test.timeout=2m")
-	c.Env = append(os.Environ(), envRole+"=host", envMode+"="+name, "TMPDIR=/tmp")
+	c.Env = append(os.Environ(), envRole+"=host", envMode+"="+name, "TMPDIR=/tmp",
+		"GORACE=atexit_sleep_ms=0") // the race detector makes each agent's end wait a second
 	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS}
 	var out bytes.Buffer
 	c.Stdout, c.Stderr = &out, &out
@@ -300,6 +302,9 @@ func end(t testing.TB, a *Agent) {
 	}
 	a.TUN().Close()
 	a.Release()
+	if a.state.Exited() && !a.state.Success() { // for one, the race detector's 66
+		t.Errorf("the agent ended with %v", a.state)
+	}
 }
 
 // sh runs a shell script in the guest and returns what it printed, without the last

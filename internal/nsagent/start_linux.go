@@ -151,6 +151,7 @@ func (a *Agent) fork(path string, argv []string, extra []*os.File, sys *syscall.
 	if a.wire, err = newWire(ours); err != nil {
 		return err
 	}
+	a.wire.patience = killGrace
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		a.wire.close()
@@ -174,11 +175,10 @@ func (a *Agent) fork(path string, argv []string, extra []*os.File, sys *syscall.
 	return nil
 }
 
-// agentEnv is the agent's own environment, not its commands'. GOCOVERDIR is for tests
-// of ours that measure coverage.
+// agentEnv is the agent's own environment, not its commands': what Go's runtime reads.
 func agentEnv() []string {
 	env := []string{}
-	for _, name := range []string{"GODEBUG", "GOTRACEBACK", "GOCOVERDIR"} {
+	for _, name := range []string{"GODEBUG", "GOTRACEBACK", "GORACE", "GOCOVERDIR"} {
 		if v, ok := os.LookupEnv(name); ok {
 			env = append(env, name+"="+v)
 		}

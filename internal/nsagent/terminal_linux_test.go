@@ -48,7 +48,8 @@ func openPTY(t testing.TB) (master, slave *os.File) {
 	return master, slave
 }
 
-// console is a shell with job control on a terminal, and a user who types.
+// console is a shell with job control on a terminal, and a user who types, always after
+// something that shows who reads.
 type console struct {
 	t      testing.TB
 	master *os.File
@@ -62,7 +63,7 @@ func newConsole(t *testing.T, spec Spec) *console {
 	t.Helper()
 	master, slave := openPTY(t)
 	daemon := daemonCommand(t, spec, `eval "$run"`)
-	shell := exec.Command("bash", "--norc", "--noprofile", "-i")
+	shell := exec.Command("bash", "--norc", "--noprofile", "--noediting", "-i")
 	shell.Env = append(daemon.Env, "PS1=outer> ", "HISTFILE=", "TERM=dumb", "daemon=env "+envRole+"=daemon "+exe(t))
 	for i, e := range shell.Env { // the shell itself is no helper
 		if strings.HasPrefix(e, envRole+"=") {
@@ -89,6 +90,11 @@ func newConsole(t *testing.T, spec Spec) *console {
 		}
 	}()
 	t.Cleanup(func() {
+		if t.Failed() {
+			out, _ := exec.Command("ps", "-t", strings.TrimPrefix(slave.Name(), "/dev/"),
+				"-o", "pid,ppid,pgid,sess,tpgid,stat,ignored,pending,caught,args").CombinedOutput()
+			t.Logf("processes on the terminal:\n%s", out)
+		}
 		master.Close() // hangs up: everybody on the terminal gets HUP
 		<-read
 		shell.Process.Kill()
@@ -134,7 +140,7 @@ const (
 
 func testTerminalInterrupt(t *testing.T) {
 	c := newConsole(t, testSpec(t))
-	c.typed(`run='trap "echo interrupted; exit 4" INT; echo waiting; while :; do sleep 0.02; done' $daemon` + "\n")
+	c.typed(`run='trap "echo interrupted; exit 4" INT; echo waiting; while :; do read x; done' $daemon` + "\n")
 	c.expect("waiting\r\n")
 	c.typed(ctrlC)
 	c.expect("interrupted\r\n")
@@ -146,13 +152,13 @@ func testTerminalInterrupt(t *testing.T) {
 
 func testTerminalStop(t *testing.T) {
 	c := newConsole(t, testSpec(t))
-	c.typed(`run='echo waiting; read line; echo "got $line"; exit 6' $daemon` + "\n")
+	c.typed(`run='trap "echo continued" CONT; echo waiting; while ! read line; do :; done; echo "got $line"; exit 6' $daemon` + "\n")
 	c.expect("waiting\r\n")
 	c.typed(ctrlZ)
 	c.expect("Stopped")
 	c.expect("outer> ")
 	c.typed("fg\n")
-	c.expect("\r\n")
+	c.expect("continued\r\n")
 	c.typed("hello\n")
 	c.expect("got hello\r\n")
 	c.expect("outer> ")
@@ -161,25 +167,29 @@ func testTerminalStop(t *testing.T) {
 	c.expect("outer> ")
 }
 
-// innerShell is an interactive shell as the main command.
-const innerShell = `run='exec env PS1=inner\>\  bash --norc --noprofile -i' $daemon` + "\n"
+// innerShell starts an interactive shell as the main command.
+func (c *console) innerShell() {
+	c.t.Helper()
+	c.typed(`run='exec env PS1=inner\>\  bash --norc --noprofile --noediting -i' $daemon` + "\n")
+	c.expect("READY")
+	c.typed("echo in-$((1+1))\n") // its first prompt may come before or after READY
+	c.expect("in-2\r\n")
+}
 
 func testTerminalShell(t *testing.T) {
 	for _, pidns := range []bool{false, true} {
 		spec := testSpec(t)
 		spec.PIDNamespace = pidns
 		c := newConsole(t, spec)
-		c.typed(innerShell)
-		c.expect("READY")
-		c.typed("echo in-$((1+1))\n") // its first prompt may come before READY
-		c.expect("in-2\r\n")
-		c.typed("sleep 1000\n")
-		c.expect("sleep 1000\r\n")
+		c.innerShell()
+		// Without a fork: a stop between vfork(2) and exec would hang the shell.
+		c.typed(`sh -c 'trap "echo continued" CONT; echo up-$((2+2)); while ! read x; do :; done'` + "\n")
+		c.expect("up-4\r\n")
 		c.typed(ctrlZ)
 		c.expect("Stopped")
 		c.expect("inner> ")
 		c.typed("fg\n")
-		c.expect("fg\r\n")
+		c.expect("continued\r\n")
 		c.typed(ctrlC)
 		c.expect("inner> ")
 		c.typed("echo status=$?\n")
@@ -196,16 +206,14 @@ func testTerminalShell(t *testing.T) {
 
 func testTerminalShellSuspends(t *testing.T) {
 	c := newConsole(t, testSpec(t))
-	c.typed(innerShell)
-	c.expect("READY")
-	c.typed("echo in-$((1+1))\n")
-	c.expect("in-2\r\n")
+	c.innerShell()
 	for range 2 {
+		c.expect("inner> ")
 		c.typed("suspend\n")
 		c.expect("Stopped")
 		c.expect("outer> ")
 		c.typed("fg\n")
-		c.expect("\r\n")
+		c.expect("fg\r\n")
 		c.typed("echo again-$((1+2))\n")
 		c.expect("again-3\r\n")
 	}
@@ -219,10 +227,11 @@ func testTerminalShellSuspends(t *testing.T) {
 // daemon takes it back, which shows in a shell script, where nobody else does.
 func testTerminalShellKilled(t *testing.T) {
 	c := newConsole(t, testSpec(t))
-	c.typed(`sh -c 'run="exec env PS1=inner\>\  bash --norc --noprofile -i" '"$daemon"'; echo status=$?; read x; echo got $x'` + "\n")
+	c.typed(`sh -c 'run="exec env PS1=inner\>\  bash --norc --noprofile --noediting -i" '"$daemon"'; echo status=$?; read x; echo got $x'` + "\n")
 	c.expect("READY")
 	c.typed("echo in-$((1+1))\n")
 	c.expect("in-2\r\n")
+	c.expect("inner> ")
 	c.typed("kill -9 $$\n")
 	c.expect("status=137\r\n")
 	c.typed("line\n")

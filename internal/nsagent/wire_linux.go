@@ -10,6 +10,7 @@ import (
 	"os"
 	"runtime"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -32,7 +33,11 @@ const (
 // wire is one end. One goroutine may read while any number write.
 type wire struct {
 	conn *net.UnixConn
-	mu   sync.Mutex // one writer at a time
+	// patience bounds a send, if not zero; the message may then be cut and the
+	// wire be of no more use. The daemon has some, in case the agent is stopped.
+	// The agent has none: its daemon may be stopped by Ctrl-Z for hours.
+	patience time.Duration
+	mu       sync.Mutex // one writer at a time
 }
 
 // newWire takes over f, one end of a stream socketpair.
@@ -64,6 +69,9 @@ func (w *wire) send(body any, files ...*os.File) error {
 	binary.BigEndian.PutUint32(head[4:], uint32(len(files)))
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.patience > 0 {
+		w.conn.SetWriteDeadline(time.Now().Add(w.patience))
+	}
 	if err := w.sendHead(head[:], files); err != nil {
 		return err
 	}
