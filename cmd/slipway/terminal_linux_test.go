@@ -150,6 +150,21 @@ func TestInterruptOnTerminal(t *testing.T) {
 	}
 }
 
+// Ctrl-C before there is a command ends slipway, which then has none to leave it to.
+func TestInterruptDuringStart(t *testing.T) {
+	needEngines(t)
+	for i := range 10 {
+		s := onTerminal(t, "run", "--name", "early", "--", "sleep", "60")
+		eventually(t, "it has begun", func() bool { _, err := os.Stat("/run/slipway/early"); return err == nil })
+		time.Sleep(time.Duration(i) * 4 * time.Millisecond)
+		s.types("\x03")
+		if got := s.end(); got != 128+int(unix.SIGINT) {
+			t.Errorf("status %d: %s", got, s.shows())
+		}
+	}
+	nothingLeft(t)
+}
+
 func TestExecOnTerminal(t *testing.T) {
 	needEngines(t)
 	e := start(t, "ex", "run", "--name", "ex", "--", "sleep", "60")

@@ -104,6 +104,9 @@ func (e *engine) run(ctx context.Context) (code int, err error) {
 		return 0, err
 	}
 	if e.agent, err = nsagent.Start(ctx, e.spec(), e.log); err != nil {
+		if sig := e.interrupted(signals); sig != 0 { // it may have ended the agent, too
+			return 128 + int(sig), nil
+		}
 		return 0, err
 	}
 	defer e.agent.Release() // the device: its users have gone
@@ -126,7 +129,10 @@ func (e *engine) serve(ctx context.Context, signals *signals) (int, error) {
 	defer services.stop()
 
 	var code int
-	if err = e.startMain(ctx); err == nil {
+	if sig := e.interrupted(signals); sig != 0 {
+		code = 128 + int(sig)
+		kill()
+	} else if err = e.startMain(ctx); err == nil {
 		code, err = e.wait(ctx, signals, services, kill)
 	} else {
 		kill()

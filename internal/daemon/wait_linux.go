@@ -65,10 +65,36 @@ func (s *signals) stop() {
 	signal.Reset(unix.SIGTTOU)
 }
 
+// waiting returns how many signals have come that nobody has read. Stop waits until those
+// that Go's runtime has are in their channels.
+func (s *signals) waiting() int {
+	flush := make(chan os.Signal, 1)
+	signal.Notify(flush, unix.SIGTERM)
+	signal.Stop(flush)
+	return len(s.c)
+}
+
 // ends reports whether a signal asks a daemon whose command has ended, or that has
 // none, to end.
 func (s *signals) ends(sig os.Signal) bool {
 	return slices.Contains([]os.Signal{unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGQUIT}, sig)
+}
+
+// interrupted returns a signal that came while there was no command to pass it to and
+// that asks us to end, or 0. Without it a Ctrl-C during the start would reach nobody.
+func (e *engine) interrupted(signals *signals) syscall.Signal {
+	if e.opts.Mode == ModeAttach {
+		return 0 // it listens to signals without a command
+	}
+	for range signals.waiting() {
+		switch sig := <-signals.c; {
+		case sig == unix.SIGHUP && e.opts.Mode == ModeUp:
+			e.reload()
+		case signals.ends(sig):
+			return sig.(syscall.Signal)
+		}
+	}
+	return 0
 }
 
 // wait blocks until the engine is to end and returns the command's exit status. kill
@@ -91,6 +117,7 @@ func (e *engine) wait(ctx context.Context, signals *signals, s *services, kill f
 	stop := stopper{engine: e, main: main}
 	defer stop.close()
 	done := ctx.Done()
+	early := signals.waiting() // they came while the command was started: the terminal may have missed it
 	for {
 		select {
 		case r := <-exited:
@@ -108,7 +135,8 @@ func (e *engine) wait(ctx context.Context, signals *signals, s *services, kill f
 			kill()
 			main.Signal(unix.SIGKILL)
 		case sig := <-signals.c:
-			if sig == unix.SIGINT && signals.terminal {
+			early--
+			if sig == unix.SIGINT && signals.terminal && early < 0 {
 				continue
 			}
 			if sig == unix.SIGHUP && e.opts.Mode == ModeUp {
