@@ -40,7 +40,11 @@ func newExec(code *int) *cobra.Command {
 				req.Dir = api.Word(dir)
 			}
 			signals := make(chan os.Signal, 16)
-			signal.Notify(signals, forwarded...)
+			for _, sig := range forwarded {
+				if !signal.Ignored(sig) { // HUP under nohup, for one
+					signal.Notify(signals, sig)
+				}
+			}
 			defer signal.Stop(signals)
 			*code, err = execOn(cmd.Context(), c, req, signals)
 			return err

@@ -55,6 +55,14 @@ func TestNohup(t *testing.T) {
 		t.Errorf("status %d, stderr %s", r.code, r.stderr)
 	}
 	nothingLeft(t)
+
+	e := start(t, "hup", "run", "--name", "hup", "--", "sleep", "60")
+	r = script(t, `trap '' HUP; "$0" exec hup -- sh -c 'sleep 0.3; exit 8' & sleep 0.2; kill -HUP $!; wait $!`)
+	if r.code != 8 {
+		t.Errorf("exec: status %d, stderr %s", r.code, r.stderr)
+	}
+	e.Process.Signal(unix.SIGTERM)
+	e.end(t)
 }
 
 // Users of the guest read its names whatever umask slipway was started with.
