@@ -51,24 +51,18 @@ func (a *Agent) spawnJoined() (err error) {
 		return err
 	}
 	defer netns.Close()
-	if same, err := sameFile(netns, "/proc/self/ns/net"); err != nil {
-		return err
-	} else if same {
-		return &Error{Op: "attach", On: j.name(), Err: errors.New("it is in slipway's own network namespace"),
-			Hint: "name a process or a file of the namespace to serve"}
-	}
 	program, err := os.OpenFile(selfExe, unix.O_PATH, 0)
 	if err != nil {
 		return &Error{Op: "open", On: selfExe, Err: err}
 	}
 	defer program.Close()
-	// Extra files become 4, 5, 6 in the child.
-	extra := []*os.File{program, netns}
-	args := []string{"nsenter", "--net=" + fdPath(5)}
 	owner, err := ownerToEnter(netns)
 	if err != nil {
 		return &Error{Op: "attach", On: j.name(), Err: err}
 	}
+	// Extra files become 4, 5, 6 in the child.
+	extra := []*os.File{program, netns}
+	args := []string{"nsenter", "--net=" + fdPath(5)}
 	if owner != nil {
 		defer owner.Close()
 		extra = append(extra, owner)
@@ -105,6 +99,13 @@ func (j *Join) open() (*os.File, error) {
 	if err != nil {
 		f.Close()
 		return nil, &Error{Op: "attach", On: j.name(), Err: errors.New("not a network namespace"), Hint: hint}
+	}
+	if same, err := sameFile(f, "/proc/self/ns/net"); same || err != nil {
+		f.Close()
+		if err == nil {
+			err = errors.New("it is in slipway's own network namespace")
+		}
+		return nil, &Error{Op: "attach", On: j.name(), Err: err, Hint: "name a process or a file of the namespace to serve"}
 	}
 	return f, nil
 }

@@ -25,7 +25,9 @@ type Spec struct {
 	PIDNamespace bool
 	// Join, if not nil, serves a namespace that somebody else made. Nothing is
 	// created then: Rootless, PrivateMounts, PIDNamespace, ResolvConf and
-	// Hosts are ignored, since the mounts are somebody else's too.
+	// Hosts are ignored, since the mounts are somebody else's too. Commands run
+	// in the network namespace and its user namespace, and otherwise in the
+	// daemon's.
 	Join *Join
 
 	// TUN is the guest's network device. An empty name means DefaultTUN.

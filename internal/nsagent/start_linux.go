@@ -194,11 +194,11 @@ func (a *Agent) handshake() error {
 	if a.spec.Rootless { // meanwhile the agent makes the network
 		m, err := mapIDs(a.proc.Pid)
 		if err != nil {
-			return err
+			return a.lastWords(err)
 		}
 		a.mapped = m
 		if err := a.wire.send(request{Mapped: true}); err != nil {
-			return a.died(err)
+			return a.lastWords(a.died(err))
 		}
 	}
 	for {
@@ -221,6 +221,23 @@ func (a *Agent) handshake() error {
 			a.logEvent(ev.Log)
 		default:
 			return fmt.Errorf("start the agent: unexpected answer")
+		}
+	}
+}
+
+// lastWords returns why the agent gave up while we did something for it, which then
+// failed with err for that reason; or err, if it had not given up.
+func (a *Agent) lastWords(err error) error {
+	a.proc.Kill() // no effect if it is dead already
+	for {
+		var ev event
+		files, rerr := a.wire.receive(&ev)
+		if rerr != nil {
+			return err
+		}
+		closeAll(files)
+		if ev.Failed != nil {
+			return ev.Failed.err()
 		}
 	}
 }

@@ -92,7 +92,7 @@ func newConsole(t *testing.T, spec Spec) *console {
 	t.Cleanup(func() {
 		if t.Failed() {
 			out, _ := exec.Command("ps", "-t", strings.TrimPrefix(slave.Name(), "/dev/"),
-				"-o", "pid,ppid,pgid,sess,tpgid,stat,ignored,pending,caught,args").CombinedOutput()
+				"-o", "pid,ppid,pgid,sess,tpgid,stat,wchan:20,ignored,pending,caught,args").CombinedOutput()
 			t.Logf("processes on the terminal:\n%s", out)
 		}
 		master.Close() // hangs up: everybody on the terminal gets HUP
