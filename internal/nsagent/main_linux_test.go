@@ -164,7 +164,6 @@ func becomeHost() error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(dir)
 	tun := filepath.Join(dir, "tun")
 	for _, step := range []func() error{
 		func() error { return unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "") },
@@ -195,6 +194,7 @@ func becomeHost() error {
 		func() error { return os.Chown(dir, m.uid, m.uid) },
 		func() error { return unix.Mount(dir, "/etc", "", unix.MS_BIND, "") },
 		func() error { return unix.Unmount(dir, unix.MNT_DETACH) },
+		func() error { return os.Remove(dir) },
 		func() error { return unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, "") },
 	} {
 		if err := step(); err != nil {
