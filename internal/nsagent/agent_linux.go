@@ -2,6 +2,7 @@ package nsagent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -44,7 +45,8 @@ type Agent struct {
 	mu     sync.Mutex // guards the fields below
 	procs  map[uint64]*Process
 	nextID uint64
-	over   bool // no further process can be registered
+	over   bool  // no further process can be registered
+	lost   error // why the agent ended without being asked, or nil
 }
 
 func newAgent(spec Spec, log *slog.Logger) *Agent {
@@ -78,6 +80,14 @@ func (a *Agent) Report() Report { return a.report }
 // Done is closed when the agent has ended, whatever the reason, or when the namespace
 // that it joined is gone.
 func (a *Agent) Done() <-chan struct{} { return a.done }
+
+// Err tells, after Done, whether the agent has ended without being asked to: then the
+// namespace that it joined may still be there. It wraps ErrClosed.
+func (a *Agent) Err() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.lost
+}
 
 // serve starts the goroutines of a running agent; close waits for them.
 func (a *Agent) serve() {
@@ -143,9 +153,10 @@ func (a *Agent) finish() {
 		a.log.Error("the agent ended unexpectedly; killing what it left",
 			slog.Any("state", state), slog.Any("error", err))
 		a.killLeft()
+		err = errors.Join(err, ErrClosed)
 	}
 	a.mu.Lock()
-	a.over = true
+	a.over, a.lost = true, err
 	left := a.procs
 	a.procs = nil
 	a.mu.Unlock()

@@ -209,6 +209,15 @@ func testCloseStuck(t *testing.T) {
 	if err := unix.Kill(g.PID(), unix.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
+	eventually(t, "every thread of the agent is stopped", func() bool {
+		stats, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", g.PID()))
+		for _, path := range stats {
+			if b, _ := os.ReadFile(path); !strings.Contains(string(b), ") T ") {
+				return false
+			}
+		}
+		return len(stats) > 0
+	})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := g.Close(ctx); err != nil {
