@@ -282,6 +282,26 @@ func TestAttach(t *testing.T) {
 		}
 		nothingLeft(t)
 	})
+	t.Run("agent killed", func(t *testing.T) { // the namespace is still there: a service manager is to try again
+		guest := exec.CommandContext(t.Context(), "sleep", "60")
+		guest.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+		if err := guest.Start(); err != nil {
+			t.Fatal(err)
+		}
+		e := start(t, "att", "attach", "--pid", fmt.Sprint(guest.Process.Pid), "--name", "att")
+		agent, err := os.Readlink("/run/slipway/att/netns")
+		var pid int
+		if _, serr := fmt.Sscanf(agent, "/proc/%d/ns/net", &pid); err != nil || serr != nil {
+			t.Fatal(agent, err, serr)
+		}
+		unix.Kill(pid, unix.SIGKILL)
+		if got := e.end(t); got != 125 || !strings.Contains(e.stderr.String(), "slipway: serve engine att: the agent has ended\n") {
+			t.Errorf("status %d, %s", got, e.stderr.String())
+		}
+		guest.Process.Kill()
+		guest.Wait()
+		nothingLeft(t)
+	})
 }
 
 func readlink(t *testing.T, path string) string {

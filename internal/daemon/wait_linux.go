@@ -102,8 +102,7 @@ func (e *engine) interrupted(signals *signals) syscall.Signal {
 func (e *engine) wait(ctx context.Context, signals *signals, s *services, kill func()) (int, error) {
 	main := e.main.Load()
 	if main == nil {
-		e.waitAttached(ctx, signals, s)
-		return 0, nil
+		return 0, e.waitAttached(ctx, signals, s)
 	}
 	type result struct {
 		status nsagent.Status
@@ -192,27 +191,35 @@ func (s *stopper) close() {
 const goneGrace = 2 * time.Second
 
 // waitAttached blocks until the namespace is gone, a part failed, or a signal comes.
-func (e *engine) waitAttached(ctx context.Context, signals *signals, s *services) {
+func (e *engine) waitAttached(ctx context.Context, signals *signals, s *services) error {
 	for {
 		select {
 		case <-e.agent.Done():
-			s.forgive()
-			return
+			return e.detached(s)
 		case <-ctx.Done():
-			return
+			return nil
 		case <-s.failed:
 			select {
 			case <-e.agent.Done():
-				s.forgive()
+				return e.detached(s)
 			case <-time.After(goneGrace):
 			}
-			return
+			return nil // services.err says why
 		case sig := <-signals.c:
 			if signals.ends(sig) {
-				return
+				return nil
 			}
 		}
 	}
+}
+
+// detached returns nil when the namespace is gone, after which no part can be served.
+func (e *engine) detached(s *services) error {
+	s.forgive()
+	if err := e.agent.Err(); err != nil {
+		return fmt.Errorf("serve engine %s: %w", e.opts.Name, err)
+	}
+	return nil
 }
 
 // reload reads the configuration again, takes over what can change while an engine
