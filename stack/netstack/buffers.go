@@ -1,12 +1,9 @@
 package netstack
 
 import (
-	"fmt"
-	"sync"
+	"sync/atomic"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/stack"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
 // Theory of operation.
@@ -28,7 +25,7 @@ var bufTiers = []struct{ conns, size int }{
 
 const (
 	bufLeast = 64 << 10 // beyond the last tier
-	bufMost  = 1 << 20  // bufTiers' largest
+	bufMost  = 1 << 20  // bufTiers' largest, and gVisor's default
 )
 
 // bufSize is the buffer size of a connection when there are n others.
@@ -41,41 +38,22 @@ func bufSize(n int) int {
 	return bufLeast
 }
 
-// buffers keeps the sizes that gVisor gives new connections in step with their number.
-type buffers struct {
-	mu    sync.Mutex // guards the fields below
-	conns int
-	size  int // what gVisor was told
-}
+// buffers counts the connections, to say how large the next one's buffers are.
+type buffers struct{ conns atomic.Int64 }
 
-// enter counts a new connection, before its handshake; leave counts its end.
-func (b *buffers) enter(ip *stack.Stack) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	err := b.tell(ip)
-	b.conns++
-	return err
-}
+// enter counts a new connection, before its handshake, and returns its buffers' size;
+// leave counts its end.
+func (b *buffers) enter() int { return bufSize(int(b.conns.Add(1) - 1)) }
 
-func (b *buffers) leave() {
-	b.mu.Lock()
-	b.conns--
-	b.mu.Unlock()
-}
+func (b *buffers) leave() { b.conns.Add(-1) }
 
-// tell sets gVisor's defaults if they are to change. The caller holds mu.
-func (b *buffers) tell(ip *stack.Stack) error {
-	size := bufSize(b.conns)
-	if size == b.size {
-		return nil
+// limitBuffers gives a new connection smaller buffers than the default. gVisor takes
+// a forwarder's receive window and, as it tunes it, the send buffer from settings that
+// all connections share, so each has to be told. The guest was offered at most 64 KiB
+// in the handshake: the window does not shrink below what it knows.
+func limitBuffers(ep tcpip.Endpoint, size int) {
+	if size < bufMost {
+		ep.SocketOptions().SetReceiveBufferSize(int64(size), true)
+		ep.SocketOptions().SetSendBufferSize(int64(size), true)
 	}
-	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: size, Max: bufMost}
-	snd := tcpip.TCPSendBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: size, Max: bufMost}
-	for _, o := range []tcpip.SettableTransportProtocolOption{&rcv, &snd} {
-		if terr := ip.SetTransportProtocolOption(tcp.ProtocolNumber, o); terr != nil {
-			return fmt.Errorf("set tcp buffers of %d bytes: %s", size, terr)
-		}
-	}
-	b.size = size
-	return nil
 }

@@ -1,39 +1,66 @@
 package netstack
 
 import (
+	"context"
+	"io"
 	"testing"
 
-	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"github.com/slipway-net/slipway/internal/flow"
 )
 
+// The more connections there are the less a new one may hold, whatever it carries.
 func TestBuffersShrink(t *testing.T) {
-	s := start(t, 1500)
-	told := func() int {
-		var rcv tcpip.TCPReceiveBufferSizeRangeOption
-		if terr := s.ip.TransportProtocolOption(tcp.ProtocolNumber, &rcv); terr != nil {
-			t.Fatal(terr)
-		}
-		return rcv.Default
+	b := start(t, 1500)
+	b.fwd.decide = func(context.Context, flow.Tuple) flow.Verdict { return flow.Verdict{Answer: flow.Connect} }
+	rcv, snd := make(chan int64, 1), make(chan int64, 1)
+	b.fwd.relay = func(_ context.Context, c flow.Conn, _ flow.Verdict) {
+		c.Write(pattern(4 << 20)) // lets gVisor tune the send buffer
+		rcv <- c.(*guestConn).ep.SocketOptions().GetReceiveBufferSize()
+		snd <- c.(*guestConn).ep.SocketOptions().GetSendBufferSize()
+		c.Close()
 	}
-	var b buffers
-	for _, tt := range []struct{ conns, want int }{
-		{1, 1 << 20}, {256, 1 << 20}, {257, 256 << 10}, {4096, 256 << 10}, {4097, 64 << 10}, {9000, 64 << 10},
+	g := guestStack(b)
+	for _, tt := range []struct{ conns, want int64 }{
+		{0, 1 << 20}, {255, 1 << 20}, {256, 256 << 10}, {4095, 256 << 10}, {4096, 64 << 10}, {9000, 64 << 10}, {10, 1 << 20},
 	} {
-		for b.conns < tt.conns {
-			if err := b.enter(s.ip); err != nil {
-				t.Fatal(err)
-			}
+		b.bufs.conns.Store(tt.conns)
+		c, err := dialGuest(t, g, families[0].target)
+		if err != nil {
+			t.Fatal(err)
 		}
-		if got := told(); got != tt.want {
-			t.Errorf("connection %d gets %d bytes, want %d", tt.conns, got, tt.want)
+		if n, err := io.Copy(io.Discard, c); err != nil || n != 4<<20 {
+			t.Errorf("got %d bytes, %v", n, err)
+		}
+		c.Close()
+		if r, s := <-rcv, <-snd; r != tt.want || s > tt.want {
+			t.Errorf("with %d others a connection may hold %d and %d bytes, want %d", tt.conns, r, s, tt.want)
 		}
 	}
-	for b.conns > 10 {
-		b.leave()
+}
+
+// A connection that is idle keeps no buffer of the relay's.
+func TestIdleConnKeepsNoBuffer(t *testing.T) {
+	b := start(t, 1500)
+	b.fwd.decide = func(context.Context, flow.Tuple) flow.Verdict { return flow.Verdict{Answer: flow.Connect} }
+	kept := make(chan bool, 1)
+	b.fwd.relay = func(_ context.Context, c flow.Conn, _ flow.Verdict) {
+		defer c.Close()
+		var pool flow.BufPool
+		buf, err := c.ReadBuf(&pool)
+		if err != nil {
+			return
+		}
+		c.Write(buf.Bytes)
+		gc := c.(*guestConn)
+		kept <- gc.into != nil || gc.from.Size() != 0
 	}
-	b.enter(s.ip)
-	if got := told(); got != 1<<20 {
-		t.Errorf("after most have ended a connection gets %d bytes", got)
+	c, err := dialGuest(t, guestStack(b), families[0].target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.Write(pattern(100))
+	if next(t, kept) {
+		t.Error("a buffer is kept")
 	}
 }

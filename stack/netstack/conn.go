@@ -81,6 +81,7 @@ func (c *guestConn) Read(b []byte) (int, error) {
 	for {
 		c.into = b
 		res, terr := c.ep.Read(&c.into, tcpip.ReadOptions{})
+		c.into = nil // an idle connection must not keep the caller's buffer alive
 		switch terr.(type) {
 		case nil:
 			return res.Count, nil
@@ -118,6 +119,7 @@ func (c *guestConn) ReadBuf(pool *flow.BufPool) (*flow.Buf, error) {
 // Write implements flow.Conn.
 func (c *guestConn) Write(b []byte) (int, error) {
 	c.from.Reset(b)
+	defer c.from.Reset(nil) // as in Read
 	for c.from.Len() > 0 {
 		_, terr := c.ep.Write(&c.from, tcpip.WriteOptions{Atomic: c.from.Len() <= atomicWrite})
 		switch terr.(type) {

@@ -46,7 +46,7 @@ import (
 // forwarder and only then lets gVisor answer.
 //
 // Towards the guest there are two writers. What gVisor sends goes through a queue
-// and one goroutine (writer.go), because writing under gVisor's endpoint lock makes
+// and one goroutine (endpoint.go), because writing under gVisor's endpoint lock makes
 // the answer spin on that lock. Datagrams, echo replies and ICMP errors are
 // complete packets that hold no lock and are written by the goroutine that brings
 // them.
@@ -75,7 +75,7 @@ type Forwarder interface {
 	Echo(e flow.Echo)
 }
 
-// Config is what a Stack is made of. All fields but Log, Clock and the limits are
+// Config is what a Stack is made of. All fields but Log and MaxDials are
 // needed.
 type Config struct {
 	Link     link.Link    // the Stack closes it at the end of Run
@@ -177,7 +177,9 @@ func (s *Stack) tuneTCP() error {
 	tw := tcpip.TCPTimeWaitTimeoutOption(timeWait)
 	sack := tcpip.TCPSACKEnabled(true)
 	moderate := tcpip.TCPModerateReceiveBufferOption(false)
-	for _, o := range []tcpip.SettableTransportProtocolOption{&tw, &sack, &moderate} {
+	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: bufMost, Max: bufMost}
+	snd := tcpip.TCPSendBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: bufMost, Max: bufMost}
+	for _, o := range []tcpip.SettableTransportProtocolOption{&tw, &sack, &moderate, &rcv, &snd} {
 		if terr := s.ip.SetTransportProtocolOption(tcp.ProtocolNumber, o); terr != nil {
 			return fmt.Errorf("set tcp option %T: %s", o, terr)
 		}

@@ -1,7 +1,6 @@
 package netstack
 
 import (
-	"log/slog"
 	"net/netip"
 	"time"
 
@@ -127,9 +126,7 @@ func (s *Stack) answer(r *tcp.ForwarderRequest) (*guestConn, flow.Verdict) {
 // returns nil.
 func (s *Stack) connect(r *tcp.ForwarderRequest, v flow.Verdict) *guestConn {
 	id := r.ID() // Complete forgets it
-	if err := s.bufs.enter(s.ip); err != nil {
-		s.log.Error("buffers keep their size", slog.Any("err", err))
-	}
+	size := s.bufs.enter()
 	wq := new(waiter.Queue)
 	ep, terr := r.CreateEndpoint(wq)
 	r.Complete(false)
@@ -139,6 +136,7 @@ func (s *Stack) connect(r *tcp.ForwarderRequest, v flow.Verdict) *guestConn {
 		return nil
 	}
 	s.dials.know(tupleOf(id).Guest.Addr())
+	limitBuffers(ep, size)
 	return newGuestConn(ep, wq)
 }
 
