@@ -84,10 +84,12 @@ func (e *engine) run(ctx context.Context) (code int, err error) {
 	if e.cfg, err = e.opts.Config.Engine(e.opts.Name); err != nil {
 		return 0, err
 	}
-	e.level.Set(e.cfg.LogLevel)
-	e.log = slog.New(slog.NewTextHandler(e.opts.Log, &slog.HandlerOptions{Level: e.level})).With(slog.String("engine", e.opts.Name))
 	signals := catchSignals()
 	defer signals.stop()
+	e.level.Set(e.cfg.LogLevel)
+	log := newLogWriter(e.opts.Log)
+	defer log.close()
+	e.log = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: e.level})).With(slog.String("engine", e.opts.Name))
 
 	if e.state, err = openState(stateRoot(), e.opts.Name); err != nil {
 		return 0, err
