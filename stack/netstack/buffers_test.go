@@ -35,6 +35,7 @@ func TestBuffersShrink(t *testing.T) {
 		if r, s := <-rcv, <-snd; r != tt.want || s > tt.want {
 			t.Errorf("with %d others a connection may hold %d and %d bytes, want %d", tt.conns, r, s, tt.want)
 		}
+		waitFor(t, "the connection to leave", func() bool { return b.bufs.conns.Load() == tt.conns })
 	}
 }
 

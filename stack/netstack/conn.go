@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
 
 	"github.com/slipway-net/slipway/internal/flow"
@@ -29,6 +30,11 @@ const (
 	keepInterval = 15 * time.Second
 	keepCount    = 8
 )
+
+// closePatience is how long a guest may leave our last bytes unacknowledged, or its
+// window shut, after both sides have closed. Linux gives such a connection about as
+// long (net.ipv4.tcp_orphan_retries).
+const closePatience = 100 * time.Second
 
 // atomicWrite is the longest write in bytes that is copied under gVisor's lock: for
 // short ones taking the lock twice costs more than the copy.
@@ -145,24 +151,51 @@ func (c *guestConn) CloseWrite() error {
 }
 
 // Abort implements flow.Conn.
-func (c *guestConn) Abort() { c.end(c.ep.Abort) }
+func (c *guestConn) Abort() {
+	if !c.end(c.ep.Abort) && !c.delivered() {
+		c.ep.Abort() // Close waits
+	}
+}
 
-// Close implements flow.Conn.
+// Close implements flow.Conn. It returns when the guest has everything that was
+// written, or was silent for closePatience: until then our buffer is full of it, and a
+// guest that never reads must not have more of those than it may have connections.
 func (c *guestConn) Close() error {
-	c.end(c.ep.Close)
+	if !c.end(c.ep.Close) || c.delivered() {
+		return nil
+	}
+	patience := tcpip.TCPUserTimeoutOption(closePatience)
+	c.ep.SetSockOpt(&patience)
+	ended, hup := waiter.NewChannelEntry(waiter.EventHUp | waiter.EventErr)
+	c.wq.EventRegister(&ended)
+	defer c.wq.EventUnregister(&ended)
+	for !c.delivered() {
+		<-hup
+	}
 	return nil
 }
 
-// end ends the connection once and wakes who waits.
-func (c *guestConn) end(how func()) {
+// delivered reports whether nothing is left to be sent or acknowledged.
+func (c *guestConn) delivered() bool {
+	switch tcp.EndpointState(c.ep.State()) {
+	case tcp.StateEstablished, tcp.StateCloseWait, tcp.StateFinWait1, tcp.StateClosing, tcp.StateLastAck:
+		return false
+	}
+	return true
+}
+
+// end ends the connection and wakes who waits; it does nothing and returns false the
+// second time.
+func (c *guestConn) end(how func()) bool {
 	if c.closed.Swap(true) {
-		return
+		return false
 	}
 	how()
 	c.wq.EventUnregister(&c.readEntry)
 	c.wq.EventUnregister(&c.writeEnt)
 	token(c.readable).set()
 	token(c.writable).set()
+	return true
 }
 
 // ConnError is an error of a guest's connection.

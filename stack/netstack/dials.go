@@ -2,6 +2,7 @@ package netstack
 
 import (
 	"context"
+	"encoding/binary"
 	"net/netip"
 	"sync"
 	"time"
@@ -16,6 +17,9 @@ import (
 // times at 1 s first. A guest that closed its socket sends nothing at all, so its
 // silence is the only sign: when the repetition did not come within twice the
 // longest gap it may have chosen, and at least 3 s, the dial is cancelled.
+//
+// Two things say it sooner: a RST, and a SYN of the same ports with another sequence
+// number, which is another socket's. Its dial begins with its first repetition.
 //
 // Held SYNs are bounded, and no guest address may use more than two thirds, so that
 // one container that scans a black hole leaves room for the others. A flood from forged
@@ -40,6 +44,16 @@ type dial struct {
 	seen time.Time     // the last SYN
 	gap  time.Duration // the longest time between two of them so far
 	gone bool          // cancelled because the guest gave up
+}
+
+// seq is the SYN's sequence number.
+func (d *dial) seq() uint32 { return binary.BigEndian.Uint32(d.syn[4:]) }
+
+// giveUp cancels the dial because the guest wants it no more. The caller holds the
+// dials' mu.
+func (d *dial) giveUp() {
+	d.gone = true
+	d.cancel()
 }
 
 // overdue reports whether the guest should have repeated its SYN long ago.
@@ -76,6 +90,7 @@ type admission int
 const (
 	admitted   admission = iota // go on and dial
 	repeated                    // this SYN is held already
+	replaced                    // the held SYN was another socket's, which has gone
 	overDials                   // too many of all guests
 	overGuest                   // too many of this one
 	closedDown                  // we are about to end
@@ -86,6 +101,10 @@ func (ds *dials) begin(parent context.Context, t flow.Tuple, tcpHeader []byte, n
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
 	if d := ds.byFlow[t]; d != nil {
+		if !d.gone && quote8(tcpHeader) != d.syn {
+			d.giveUp()
+			return replaced
+		}
 		d.gap = max(d.gap, now.Sub(d.seen))
 		d.seen = now
 		return repeated
@@ -124,6 +143,19 @@ func (ds *dials) know(guest netip.Addr) {
 		clear(ds.known)
 	}
 	ds.known[guest] = struct{}{}
+}
+
+// reset cancels the dial of t whose SYN seq belongs to, and reports whether there was
+// one. A socket that sent nothing but a SYN resets with the next number, or the same.
+func (ds *dials) reset(t flow.Tuple, seq uint32) bool {
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	d := ds.byFlow[t]
+	if d == nil || d.gone || seq-d.seq() > 1 {
+		return false
+	}
+	d.giveUp()
+	return true
 }
 
 // get returns the held SYN of t, which must have been admitted.
@@ -184,8 +216,7 @@ func (ds *dials) sweep(now time.Time, gaveUp func()) {
 	defer ds.mu.Unlock()
 	for _, d := range ds.byFlow {
 		if !d.gone && d.overdue(now) {
-			d.gone = true
-			d.cancel()
+			d.giveUp()
 			gaveUp()
 		}
 	}

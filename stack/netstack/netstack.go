@@ -209,8 +209,7 @@ func (s *Stack) Run(ctx context.Context, f Forwarder) error {
 	// that the guest hears of it.
 	cancel()
 	s.dials.close()
-	s.ip.Close() // resets what is left, handshakes included
-	s.flows.Wait()
+	s.endFlows()
 	s.ep.closeQueue()
 	s.ep.drained.Wait()
 	s.cfg.Link.Close()
@@ -218,6 +217,30 @@ func (s *Stack) Run(ctx context.Context, f Forwarder) error {
 	s.ip.Destroy()
 	return err
 }
+
+// endFlows resets what is left, handshakes included, and waits for it. A dial that
+// succeeded in the last moment may begin a handshake after gVisor was closed and would
+// wait for it in vain: so close until all have ended.
+func (s *Stack) endFlows() {
+	ended := make(chan struct{})
+	go func() {
+		s.flows.Wait()
+		close(ended)
+	}()
+	again := time.NewTicker(closeEvery)
+	defer again.Stop()
+	for {
+		s.ip.Close()
+		select {
+		case <-ended:
+			return
+		case <-again.C:
+		}
+	}
+}
+
+// closeEvery is how often endFlows looks for late handshakes.
+const closeEvery = 50 * time.Millisecond
 
 // toTCPIP and fromTCPIP convert between the address types, the only place that
 // does.

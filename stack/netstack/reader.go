@@ -163,8 +163,23 @@ func (r *reader) slow(proto uint8, hl int, ip *ipInfo, toGateway bool) bool {
 	case p == header.ICMPv6ProtocolNumber && ip.src.Is6():
 		r.s.icmp6FromGuest(ip, r.payload(hl))
 		return false
+	case ip.src.Is6() && isExtension(proto):
+		return true
 	}
-	return true
+	// gVisor would say "protocol unreachable" in the target's name, which was not asked.
+	r.s.stats.ignored.Add(1)
+	return false
+}
+
+// isExtension reports whether proto is an IPv6 extension header that gVisor looks
+// behind (RFC 8200 section 4.1).
+func isExtension(proto uint8) bool {
+	switch header.IPv6ExtensionHeaderIdentifier(proto) {
+	case header.IPv6HopByHopOptionsExtHdrIdentifier, header.IPv6RoutingExtHdrIdentifier,
+		header.IPv6FragmentExtHdrIdentifier, header.IPv6DestinationOptionsExtHdrIdentifier:
+		return true
+	}
+	return false
 }
 
 // checked counts a wrong checksum and returns ok.

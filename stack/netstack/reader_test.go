@@ -38,6 +38,8 @@ func TestHostilePackets(t *testing.T) {
 		{"ping checksum", broken(ipPacket(guest4, target4, header.ICMPv4ProtocolNumber, echoBody(guest4, target4, 8, 1, 1, pattern(9))), 30), func(d Drops) uint64 { return d.BadChecksum }},
 		{"ping cut", ipPacket(guest4, target4, header.ICMPv4ProtocolNumber, []byte{8, 0, 0}), func(d Drops) uint64 { return d.Malformed }},
 		{"icmp redirect", ipPacket(guest4, target4, header.ICMPv4ProtocolNumber, echoBody(guest4, target4, 5, 1, 1, nil)), func(d Drops) uint64 { return d.Ignored }},
+		{"sctp", ipPacket(guest4, target4, 132, pattern(32)), func(d Drops) uint64 { return d.Ignored }},
+		{"sctp v6", ipPacket(guest6, target6, 132, pattern(32)), func(d Drops) uint64 { return d.Ignored }},
 		{"from loopback", from("127.0.0.1"), func(d Drops) uint64 { return d.Martian }},
 		{"from multicast", from("224.0.0.5"), func(d Drops) uint64 { return d.Martian }},
 		{"from broadcast", from("255.255.255.255"), func(d Drops) uint64 { return d.Martian }},
@@ -60,6 +62,9 @@ func TestHostilePackets(t *testing.T) {
 			b.send(link.Header{}, udpPacket(f4.guest, f4.target, pattern(3)))
 			if d := next(t, b.fwd.datagrams); len(d.Payload) != 3 {
 				t.Errorf("got %+v", d)
+			}
+			if n := b.Stats().ToGuestPackets; n != 0 {
+				t.Errorf("the guest got %d packets", n)
 			}
 		})
 	}

@@ -47,7 +47,13 @@ func (s *Stack) setHandlers() {
 func (s *Stack) tcpHandler(requests *tcp.Forwarder, id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	h := header.TCP(pkt.TransportHeader().Slice())
 	t := tupleOf(id)
-	if h.Flags()&(header.TCPFlagSyn|header.TCPFlagAck|header.TCPFlagRst) != header.TCPFlagSyn ||
+	if h.Flags()&header.TCPFlagRst != 0 {
+		if s.dials.reset(t, h.SequenceNumber()) {
+			s.stats.gaveUp.Add(1)
+		}
+		return true
+	}
+	if h.Flags()&(header.TCPFlagSyn|header.TCPFlagAck) != header.TCPFlagSyn ||
 		t.Target.Addr() == s.cfg.Gateway4 || t.Target.Addr() == s.cfg.Gateway6 {
 		return false
 	}
@@ -61,6 +67,9 @@ func (s *Stack) tcpHandler(requests *tcp.Forwarder, id stack.TransportEndpointID
 		return true
 	case overGuest:
 		s.stats.guestLimit.Add(1)
+		return true
+	case replaced:
+		s.stats.gaveUp.Add(1)
 		return true
 	case repeated, closedDown:
 		return true
@@ -110,7 +119,7 @@ func (s *Stack) answer(r *tcp.ForwarderRequest) (*guestConn, flow.Verdict) {
 	v := s.forward.Decide(d.ctx, t)
 	switch v.Answer {
 	case flow.Connect:
-		return s.connect(r, v), v
+		return s.connect(d, r, v), v
 	case flow.Reset:
 		r.Complete(true)
 	case flow.Unreachable:
@@ -124,7 +133,12 @@ func (s *Stack) answer(r *tcp.ForwarderRequest) (*guestConn, flow.Verdict) {
 
 // connect completes the guest's handshake. On failure it gives the verdict back and
 // returns nil.
-func (s *Stack) connect(r *tcp.ForwarderRequest, v flow.Verdict) *guestConn {
+func (s *Stack) connect(d *dial, r *tcp.ForwarderRequest, v flow.Verdict) *guestConn {
+	if d.ctx.Err() != nil { // the guest gave up, or we end, while the target answered
+		r.Complete(false)
+		s.forward.Discard(v)
+		return nil
+	}
 	id := r.ID() // Complete forgets it
 	size := s.bufs.enter()
 	wq := new(waiter.Queue)

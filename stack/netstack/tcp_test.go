@@ -186,6 +186,71 @@ func TestTCPGuestGone(t *testing.T) {
 	waitFor(t, "the dial to end", func() bool { return b.Stats().Dials == 0 })
 }
 
+// tcpSegment is a segment of the guest without payload.
+func tcpSegment(src, dst netip.AddrPort, seq uint32, flags header.TCPFlags) []byte {
+	b := make([]byte, header.TCPMinimumSize)
+	h := header.TCP(b)
+	h.Encode(&header.TCPFields{
+		SrcPort: src.Port(), DstPort: dst.Port(), SeqNum: seq, DataOffset: header.TCPMinimumSize, Flags: flags, WindowSize: 65535,
+	})
+	h.SetChecksum(^h.CalculateChecksum(pseudo(src.Addr(), dst.Addr(), header.TCPProtocolNumber, len(b))))
+	return ipPacket(src.Addr(), dst.Addr(), header.TCPProtocolNumber, b)
+}
+
+// A guest that says so while its target is being dialled ends the dial at once.
+func TestTCPGuestTakesSYNBack(t *testing.T) {
+	const seq = 1000
+	f := families[0]
+	tests := []struct {
+		name string
+		seq  uint32
+		flag header.TCPFlags
+		ends bool
+	}{
+		{"reset", seq + 1, header.TCPFlagRst, true},
+		{"reset of the SYN", seq, header.TCPFlagRst, true},
+		{"reset of something else", seq + 2, header.TCPFlagRst, false},
+		{"another socket's SYN", seq + 77, header.TCPFlagSyn, true},
+		{"the same SYN", seq, header.TCPFlagSyn, false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			b := start(t, 1500)
+			b.fwd.decide = func(ctx context.Context, _ flow.Tuple) flow.Verdict {
+				<-ctx.Done()
+				return flow.Verdict{Answer: flow.Connect} // the target answered in the same moment
+			}
+			b.send(link.Header{}, tcpSegment(f.guest, f.target, seq, header.TCPFlagSyn))
+			waitFor(t, "the dial", func() bool { return b.Stats().Dials == 1 })
+			b.send(link.Header{}, tcpSegment(f.guest, f.target, tt.seq, tt.flag))
+			waitFor(t, "the segment to be read", func() bool { return b.Stats().FromGuestPackets == 2 })
+			if tt.ends {
+				waitFor(t, "the dial to end", func() bool { return b.Stats().Dials == 0 })
+			} else if time.Sleep(20 * time.Millisecond); b.Stats().Dials != 1 || b.Stats().GaveUp != 0 {
+				t.Error("the dial has ended")
+			}
+			if n := b.Stats().ToGuestPackets; n != 0 {
+				t.Errorf("the guest got %d packets", n)
+			}
+		})
+	}
+}
+
+// A guest that never completes its handshake does not hold up the end.
+func TestRunEndsHandshake(t *testing.T) {
+	var before time.Time
+	t.Cleanup(func() { // after start's, which waits for Run
+		if d := time.Since(before); d > 3*time.Second {
+			t.Errorf("Run took %v to end", d)
+		}
+	})
+	b := start(t, 1500)
+	b.fwd.decide = func(context.Context, flow.Tuple) flow.Verdict { return flow.Verdict{Answer: flow.Connect} }
+	b.send(link.Header{}, syn(families[0].guest, families[0].target))
+	b.receive() // the SYN-ACK
+	before = time.Now()
+}
+
 // waitFor polls a condition for 5 s.
 func waitFor(t *testing.T, what string, cond func() bool) {
 	t.Helper()
