@@ -128,6 +128,21 @@ func TestDialCancelled(t *testing.T) {
 	})
 }
 
+// A port that nobody listens on is refused, also on a host without IPv6.
+func TestDialAnyPrefersRefusal(t *testing.T) {
+	setUp := []string{"link set lo up", "addr del ::1/128 dev lo"}
+	inNetNS(t, setUp, func() {
+		v4, v6 := netip.MustParseAddrPort("127.0.0.1:9"), netip.MustParseAddrPort("[::1]:9")
+		for _, order := range [][]netip.AddrPort{{v4, v6}, {v6, v4}} {
+			_, err := dialAny(context.Background(), order)
+			var de *DialError
+			if !errors.As(err, &de) || de.verdict(true).Answer != flow.Reset {
+				t.Errorf("dial of %v = %v, want it refused", order, err)
+			}
+		}
+	})
+}
+
 func openFDs(t *testing.T) int {
 	t.Helper()
 	entries, err := os.ReadDir("/proc/self/fd")

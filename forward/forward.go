@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/slipway-net/slipway/internal/flow"
@@ -122,14 +123,21 @@ func deniedVerdict(err error) flow.Verdict {
 	return flow.Verdict{Answer: flow.Reset}
 }
 
-// dialAny tries addrs in order until one answers; it returns the last error.
-func dialAny(ctx context.Context, addrs []netip.AddrPort) (conn flow.Conn, err error) {
+// dialAny tries addrs in order until one answers. It returns the first refusal, which
+// tells more than "no such address" from a host without one of the families, or the
+// last error.
+func dialAny(ctx context.Context, addrs []netip.AddrPort) (flow.Conn, error) {
+	var told error
 	for _, a := range addrs {
-		if conn, err = dialTCP(ctx, a); err == nil {
+		conn, err := dialTCP(ctx, a)
+		if err == nil {
 			return conn, nil
 		}
+		if !errors.Is(told, syscall.ECONNREFUSED) {
+			told = err
+		}
 	}
-	return nil, err
+	return nil, told
 }
 
 // failed turns a dial's error into an answer, and counts it.

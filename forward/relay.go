@@ -53,8 +53,8 @@ func (f *Forwarder) Relay(ctx context.Context, guest flow.Conn, v flow.Verdict) 
 	back.Go(func() { r.pump(r.guest, r.host, &r.flow.ToGuest, &f.pool) })
 	r.pump(r.host, r.guest, &r.flow.ToHost, &f.pool)
 	back.Wait()
-	r.guest.Close()
 	r.host.Close()
+	r.guest.Close() // last, for it may wait
 }
 
 // begin and end keep the set of running relays, for Close.

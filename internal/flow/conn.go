@@ -25,6 +25,7 @@ type Conn interface {
 	Abort()
 
 	// Close ends the connection in order; unread data turns it into a reset.
-	// It makes blocked calls return.
+	// It makes blocked calls return. It may wait, for a limited time or until
+	// Abort, for a peer that is slow to take what was written.
 	Close() error
 }
