@@ -47,6 +47,7 @@ type guestConn struct {
 
 	readable, writable  chan struct{}
 	readEntry, writeEnt waiter.Entry
+	resetEntry          waiter.Entry
 	into                tcpip.SliceWriter // of the one reader
 	from                bytes.Reader      // of the one writer
 }
@@ -80,6 +81,30 @@ func newGuestConn(ep tcpip.Endpoint, wq *waiter.Queue) *guestConn {
 	ep.SetSockOpt(&interval)
 	ep.SetSockOptInt(tcpip.KeepaliveCountOption, keepCount)
 	return c
+}
+
+// resetGrace is how long the relay may go on with what the guest sent before its RST.
+const resetGrace = time.Second
+
+// onReset calls do some time after the guest has reset the connection or is found dead,
+// unless it is closed before. A relay whose other side takes nothing does not read, and
+// so would not see it.
+func (c *guestConn) onReset(do func()) {
+	c.resetEntry.Init(resetListener{c, do}, waiter.EventErr)
+	c.wq.EventRegister(&c.resetEntry)
+}
+
+type resetListener struct {
+	c  *guestConn
+	do func()
+}
+
+// NotifyEvent implements waiter.EventListener. gVisor notifies of an error at an
+// orderly end, too.
+func (l resetListener) NotifyEvent(waiter.EventMask) {
+	if tcp.EndpointState(l.c.ep.State()) == tcp.StateError && !l.c.closed.Load() {
+		time.AfterFunc(resetGrace, l.do)
+	}
 }
 
 // Read implements flow.Conn.

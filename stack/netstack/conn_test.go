@@ -71,3 +71,25 @@ func TestAbortEndsClose(t *testing.T) {
 		t.Error("the guest saw an orderly end")
 	}
 }
+
+// A relay that reads nothing hears of the guest's reset.
+func TestResetEndsStalledRelay(t *testing.T) {
+	b := start(t, 1500)
+	b.fwd.decide = func(context.Context, flow.Tuple) flow.Verdict { return flow.Verdict{Answer: flow.Connect} }
+	ended := make(chan struct{})
+	b.fwd.relay = func(ctx context.Context, c flow.Conn, _ flow.Verdict) {
+		defer c.Abort()
+		c.Write([]byte("xy"))
+		<-ctx.Done()
+		close(ended)
+	}
+	far, err := dialGuest(t, guestStack(b), families[0].target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(far, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	far.Close() // with a byte unread: a reset
+	next(t, ended)
+}

@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"context"
 	"net/netip"
 	"time"
 
@@ -104,7 +105,10 @@ func (s *Stack) serveTCP(r *tcp.ForwarderRequest) {
 	defer s.flows.Done()
 	guest, v := s.answer(r)
 	if guest != nil {
-		s.forward.Relay(s.ctx, guest, v)
+		ctx, cancel := context.WithCancel(s.ctx)
+		defer cancel()
+		guest.onReset(cancel)
+		s.forward.Relay(ctx, guest, v)
 		s.bufs.leave()
 	}
 }
