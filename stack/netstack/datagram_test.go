@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
@@ -100,6 +101,29 @@ func TestFragmentsFromGuest(t *testing.T) {
 	}
 	if got := next(t, b.fwd.echoes); !bytes.Equal(got.Payload, pattern(2000)) || got.ID != 5 || got.Seq != 6 {
 		t.Errorf("got echo %d/%d, %d bytes", got.ID, got.Seq, len(got.Payload))
+	}
+}
+
+// Extension headers are gVisor's to skip; what is behind them is carried, however short.
+func TestExtensionHeader(t *testing.T) {
+	f := families[1]
+	options := func(next tcpip.TransportProtocolNumber, body []byte) []byte {
+		ext := []byte{byte(next), 0, 1, 4, 0, 0, 0, 0} // 8 bytes of which 6 are a PadN option
+		return ipPacket(guest6, target6, 60, append(ext, body...))
+	}
+	for _, n := range []int{0, 1, 1000, 9000} {
+		b := start(t, 65535)
+		b.send(link.Header{}, options(header.UDPProtocolNumber, udpBody(f.guest, f.target, pattern(n))))
+		if got := next(t, b.fwd.datagrams); !bytes.Equal(got.Payload, pattern(n)) || got.Guest != f.guest || got.Target != f.target {
+			t.Errorf("%v > %v, %d bytes, want %d", got.Guest, got.Target, len(got.Payload), n)
+		}
+		b.send(link.Header{}, options(header.ICMPv6ProtocolNumber, echoBody(guest6, target6, 128, 5, 6, pattern(n))))
+		if got := next(t, b.fwd.echoes); !bytes.Equal(got.Payload, pattern(n)) || got.ID != 5 || got.Seq != 6 {
+			t.Errorf("echo %d/%d, %d bytes, want %d", got.ID, got.Seq, len(got.Payload), n)
+		}
+		if got := b.Stats().ToGuestPackets; got != 0 {
+			t.Errorf("the guest got %d packets", got)
+		}
 	}
 }
 

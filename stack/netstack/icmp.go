@@ -43,15 +43,14 @@ var (
 	timeExceeded6 = flow.ICMP{Type: uint8(header.ICMPv6TimeExceeded)}
 )
 
-// icmpHandler takes echo requests that gVisor reassembled.
+// icmpHandler takes echo requests that gVisor reassembled or that carry IPv6 extension
+// headers.
 func (s *Stack) icmpHandler(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	ip := infoOf(id, pkt)
 	if ip.dst == s.cfg.Gateway4 || ip.dst == s.cfg.Gateway6 {
 		return false
 	}
-	v := pkt.Data().AsRange().ToView()
-	defer v.Release()
-	b := append(append(make([]byte, 0, icmpHeaderLen+v.Size()), pkt.TransportHeader().Slice()...), v.AsSlice()...)
+	b := transportOf(pkt)
 	if ip.src.Is4() {
 		s.icmp4FromGuest(&ip, b)
 	} else {

@@ -130,6 +130,7 @@ func FuzzPacket(f *testing.F) {
 		s.ip.Destroy()
 	})
 	r := &reader{s: s, chunk: newChunk()}
+	f.Cleanup(func() { r.chunk.Release() })
 	f.Fuzz(func(t *testing.T, pkt []byte, flags, gso uint8, size uint16) {
 		if len(pkt) > link.MaxPacket {
 			return

@@ -28,17 +28,26 @@ import (
 // As a router we take one from the TTL. What arrives with a TTL of 1 ends here, with
 // a "time exceeded" from the gateway: the first line of a traceroute.
 
-// udpHandler takes datagrams that gVisor reassembled or that carry IP options.
+// udpHandler takes datagrams that gVisor reassembled or that carry IPv6 extension
+// headers.
 func (s *Stack) udpHandler(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	ip := infoOf(id, pkt)
 	if ip.dst == s.cfg.Gateway4 || ip.dst == s.cfg.Gateway6 {
 		return false // nobody listens on that port: gVisor says so
 	}
-	v := pkt.Data().AsRange().ToView()
-	defer v.Release()
-	b := append(append(make([]byte, 0, header.UDPMinimumSize+v.Size()), pkt.TransportHeader().Slice()...), v.AsSlice()...)
-	s.udpFromGuest(&ip, b, false, 0)
+	s.udpFromGuest(&ip, transportOf(pkt), false, 0)
 	return true
+}
+
+// transportOf copies a packet from its transport header on into one piece.
+func transportOf(pkt *stack.PacketBuffer) []byte {
+	h, data := pkt.TransportHeader().Slice(), pkt.Data().AsRange()
+	b := append(make([]byte, 0, len(h)+data.Size()), h...)
+	if v := data.ToView(); v != nil { // nil for no data
+		b = append(b, v.AsSlice()...)
+		v.Release()
+	}
+	return b
 }
 
 // infoOf reads the IP header of a packet that gVisor parsed.
