@@ -83,6 +83,7 @@ func (f *Forwarder) Decide(ctx context.Context, t flow.Tuple) flow.Verdict {
 	dials, decision, err := f.policy.Route(t)
 	if err != nil {
 		f.stats.denied.Add(1)
+		f.log.Debug("denied", slog.Any("flow", t), slog.Any("err", err))
 		return deniedVerdict(err)
 	}
 	fl := &flow.Flow{Tuple: t, Decided: decision, Path: flow.Netstack, Dialled: dials[0], Started: time.Now()}
@@ -151,6 +152,7 @@ func (f *Forwarder) failed(ctx context.Context, t flow.Tuple, err error) flow.Ve
 		de = &DialError{Err: err}
 	}
 	v := de.verdict(t.Target.Addr().Is4())
+	f.log.Debug("not connected", slog.Any("flow", t), slog.Any("err", err), slog.String("answer", v.Answer.String()))
 	switch v.Answer {
 	case flow.Reset:
 		f.stats.refused.Add(1)

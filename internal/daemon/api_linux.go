@@ -108,6 +108,9 @@ func (e *engine) statusEngine(mapping string) api.Engine {
 	if p := e.main.Load(); p != nil {
 		s.CommandPID = p.PID()
 	}
+	if e.opts.Mode == ModeAttach {
+		return s // the namespaces are somebody else's
+	}
 	if e.cfg.IsolateMount {
 		s.Isolate = append(s.Isolate, "mount")
 	}
