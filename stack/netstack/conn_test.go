@@ -3,6 +3,7 @@ package netstack
 import (
 	"context"
 	"io"
+	"sync"
 	"testing"
 	"time"
 
@@ -72,15 +73,27 @@ func TestAbortEndsClose(t *testing.T) {
 	}
 }
 
+// stalledHost is a host socket that takes nothing until it is aborted.
+type stalledHost struct {
+	flow.Conn
+	once    sync.Once
+	aborted chan struct{}
+}
+
+func (h *stalledHost) Abort() { h.once.Do(func() { close(h.aborted) }) }
+
 // A relay that reads nothing hears of the guest's reset.
 func TestResetEndsStalledRelay(t *testing.T) {
 	b := start(t, 1500)
-	b.fwd.decide = func(context.Context, flow.Tuple) flow.Verdict { return flow.Verdict{Answer: flow.Connect} }
+	stalled := &stalledHost{aborted: make(chan struct{})}
+	b.fwd.decide = func(context.Context, flow.Tuple) flow.Verdict {
+		return flow.Verdict{Answer: flow.Connect, Host: stalled}
+	}
 	ended := make(chan struct{})
-	b.fwd.relay = func(ctx context.Context, c flow.Conn, _ flow.Verdict) {
+	b.fwd.relay = func(_ context.Context, c flow.Conn, _ flow.Verdict) {
 		defer c.Abort()
 		c.Write([]byte("xy"))
-		<-ctx.Done()
+		<-stalled.aborted
 		close(ended)
 	}
 	far, err := dialGuest(t, guestStack(b), families[0].target)

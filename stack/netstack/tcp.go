@@ -1,7 +1,6 @@
 package netstack
 
 import (
-	"context"
 	"net/netip"
 	"time"
 
@@ -105,10 +104,11 @@ func (s *Stack) serveTCP(r *tcp.ForwarderRequest) {
 	defer s.flows.Done()
 	guest, v := s.answer(r)
 	if guest != nil {
-		ctx, cancel := context.WithCancel(s.ctx)
-		defer cancel()
-		guest.onReset(cancel)
-		s.forward.Relay(ctx, guest, v)
+		guest.onReset(func() {
+			guest.Abort()
+			v.Host.Abort()
+		})
+		s.forward.Relay(s.ctx, guest, v)
 		s.bufs.leave()
 	}
 }
