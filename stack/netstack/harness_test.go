@@ -41,7 +41,11 @@ func (r *recorder) Decide(ctx context.Context, t flow.Tuple) flow.Verdict {
 	if r.decide == nil {
 		return flow.Verdict{Answer: flow.Reset}
 	}
-	return r.decide(ctx, t)
+	v := r.decide(ctx, t)
+	if v.Answer == flow.Connect && v.Host == nil {
+		v.Host = &stalledHost{aborted: make(chan struct{})}
+	}
+	return v
 }
 
 func (r *recorder) Relay(ctx context.Context, c flow.Conn, v flow.Verdict) { r.relay(ctx, c, v) }
