@@ -36,7 +36,7 @@ lint: ## gofmt, vet for linux, windows and macOS, staticcheck
 	@for os in linux windows darwin; do echo "vet $$os"; GOOS=$$os $(GO) vet ./... || exit 1; done
 	@echo staticcheck; $(GO) tool staticcheck ./...
 
-bench: ## measure slipway beside its peers and write docs/benchmarks.md; root, about half an hour
+bench: ## measure slipway beside its peers and write docs/benchmarks.md; root, about twenty minutes
 	@$(GO) run ./test/bench
 
 install: build ## copy the binary, systemd unit and shell completions below PREFIX (/usr/local), DESTDIR in front
