@@ -7,7 +7,9 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,9 +30,13 @@ type Agent struct {
 	mapped idMaps
 	report Report
 	tun    *os.File
-	spare  int // our own descriptor of the TUN, see Release; -1 if none
+	spare  int // a descriptor of the TUN for Release; -1 if none
 	netns  *os.File
-	watch  *watcher // of the namespace we joined, or nil
+	kernel *KernelSockets // or nil
+	nft    *os.File       // owns the tables of nftables, or nil
+	watch  *watcher       // of the namespace we joined, or nil
+
+	repairs atomic.Uint64
 
 	done     chan struct{} // closed when the guest is over: see Done
 	doneOnce sync.Once
@@ -70,6 +76,14 @@ func (a *Agent) TUN() *os.File { return a.tun }
 // NetNS returns a descriptor of the guest's network namespace, for comparing and for
 // those who may setns(2). It is open until Close returns.
 func (a *Agent) NetNS() *os.File { return a.netns }
+
+// Kernel returns the sockets of the kernel path, or nil if there is none. The caller owns
+// the files.
+func (a *Agent) Kernel() *KernelSockets { return a.kernel }
+
+// Repairs returns how often the rules had to be put back, which happens on kernels
+// before 5.12 only.
+func (a *Agent) Repairs() uint64 { return a.repairs.Load() }
 
 // PID returns the agent's process number on the host.
 func (a *Agent) PID() int { return a.proc.Pid }
@@ -126,8 +140,12 @@ func (a *Agent) receive() {
 
 // handle takes one event. The files stay the caller's.
 func (a *Agent) handle(ev *event, files []*os.File) {
-	if ev.Log != nil {
+	switch {
+	case ev.Log != nil:
 		a.logEvent(ev.Log)
+		return
+	case ev.Repairs != 0:
+		a.repairs.Store(ev.Repairs)
 		return
 	}
 	a.mu.Lock()
@@ -212,28 +230,48 @@ func (a *Agent) Close(ctx context.Context) error {
 	a.workers.Wait()
 	a.wire.close()
 	a.netns.Close()
+	if a.spec.Join != nil && a.nft != nil {
+		a.nft.Close() // returns when the tables are gone
+	}
 	if a.waitErr != nil {
 		return fmt.Errorf("wait for the agent: %w", a.waitErr)
 	}
 	return nil
 }
 
-// Release lets the device go without waiting for the kernel. It is to be called at the
-// very end, after Close, and after the caller has closed the TUN; without it the device
-// stays as long as the process. In a namespace that is not ours it waits, as somebody
-// may look, or attach again.
+// Release lets the device and the tables of nftables go without waiting for the kernel.
+// It is to be called at the very end, after Close, and after the caller has closed the
+// TUN; without it they stay as long as the process. In a namespace that is not ours it
+// waits, as somebody may look, or attach again.
 func (a *Agent) Release() {
 	a.mu.Lock()
-	fd := a.spare
-	a.spare = -1
+	fds, nft := []int{a.spare}, a.nft
+	a.spare, a.nft = -1, nil
 	a.mu.Unlock()
-	switch {
-	case fd < 0:
-	case a.spec.Join != nil:
-		unix.Close(fd)
-	default:
-		closeLater(fd)
+	if nft != nil && a.spec.Join == nil {
+		fds = append(fds, duplicate(nft))
+		nft.Close()
 	}
+	fds = slices.DeleteFunc(fds, func(fd int) bool { return fd < 0 })
+	if a.spec.Join == nil {
+		closeLater(fds...)
+		return
+	}
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
+}
+
+// duplicate returns another descriptor of f, or -1.
+func duplicate(f *os.File) int {
+	fd, err := rawFD(f)
+	if err == nil {
+		fd, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	}
+	if err != nil {
+		return -1
+	}
+	return fd
 }
 
 // kill ends the guest without waiting for anybody.

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -37,8 +36,12 @@ type guest struct {
 	spec  Spec
 	procs *children
 	names *names
-	nft   *netlink.Conn // owns our tables
-	undo  []func()      // what to take back in a namespace that is not ours, last first
+	// tables are those of nftables, or nil.
+	tables  *tables
+	noOwner bool // see Spec.noOwner
+	// undo and kernelUndo are what to take back in a namespace that is not ours, last
+	// first; the latter is of no use without the daemon.
+	undo, kernelUndo []func()
 }
 
 // Main runs the agent. It does not return.
@@ -69,9 +72,7 @@ func runAgent() error {
 		g.takeBack()
 		return w.send(event{Failed: wireErrorOf(err)})
 	}
-	err = g.serve()
-	g.releaseSNAT()
-	return err
+	return g.serve()
 }
 
 // keepFiles keeps every file but stdin, stdout and stderr from commands: the socket, and
@@ -120,18 +121,30 @@ func (g *guest) start() error {
 	if req.Setup == nil {
 		return errors.New("the first request is not the setup")
 	}
-	g.spec = *req.Setup
-	tun, report, err := g.setup()
+	g.spec, g.noOwner = req.Setup.Spec, req.Setup.NoOwner
+	named, report, err := g.setup()
 	if err != nil {
 		return err
 	}
-	defer tun.Close() // the device is to go with the daemon
+	// The daemon is to be the only one who has them: they go with it.
+	defer func() {
+		for _, f := range named {
+			f.Close()
+		}
+	}()
 	netns, err := os.Open("/proc/self/ns/net")
 	if err != nil {
 		return err
 	}
-	defer netns.Close()
-	return g.wire.send(event{Ready: &readyEvent{Report: report}}, tun, netns)
+	named[wireNetNS] = netns
+	ready := &readyEvent{Report: report}
+	files = nil
+	for name, f := range named {
+		if f != nil {
+			ready.Files, files = append(ready.Files, name), append(files, f)
+		}
+	}
+	return g.wire.send(event{Ready: ready}, files...)
 }
 
 // awaitMapping blocks until the daemon has written our user namespace's IDs.
@@ -160,7 +173,9 @@ func (g *guest) serve() error {
 		}
 		closeAll(m.files)
 	}
-	return g.end(g.spec.StopTimeout, nil) // the daemon is gone
+	// The daemon is gone, and another one may be about to come.
+	g.takeBackKernel()
+	return g.end(g.spec.StopTimeout, nil)
 }
 
 // message is a request with its files.
@@ -228,10 +243,20 @@ func (g *guest) refuse(requests <-chan message, hurry func()) {
 
 // takeBack removes what the end of the namespace or of the TUN does not.
 func (g *guest) takeBack() {
+	g.takeBackKernel()
 	for i := len(g.undo) - 1; i >= 0; i-- {
 		g.undo[i]()
 	}
 	g.undo = nil
+}
+
+// takeBackKernel removes what brings connections to a listener that has gone, or is
+// about to.
+func (g *guest) takeBackKernel() {
+	for i := len(g.kernelUndo) - 1; i >= 0; i-- {
+		g.kernelUndo[i]()
+	}
+	g.kernelUndo = nil
 }
 
 // logf has the daemon write a line.

@@ -9,11 +9,17 @@ import (
 // request is what the daemon sends; exactly one field besides ID is set.
 type request struct {
 	ID     uint64         `json:"id,omitempty"` // of the process, for Exec and Signal
-	Setup  *Spec          `json:"setup,omitempty"`
+	Setup  *setupRequest  `json:"setup,omitempty"`
 	Mapped bool           `json:"mapped,omitempty"` // the user namespace has its IDs
 	Exec   *execRequest   `json:"exec,omitempty"`
 	Signal syscall.Signal `json:"signal,omitempty"`
 	Stop   *stopRequest   `json:"stop,omitempty"`
+}
+
+// setupRequest is a Spec.
+type setupRequest struct {
+	Spec
+	NoOwner bool `json:"no_owner,omitempty"` // see Spec.noOwner
 }
 
 // execRequest is a Command. Its files travel beside it: stdin, stdout and stderr, each
@@ -36,16 +42,29 @@ type event struct {
 	ID      uint64      `json:"id,omitempty"` // of the process, for the fields below Ready
 	Ready   *readyEvent `json:"ready,omitempty"`
 	Log     *logEvent   `json:"log,omitempty"`
-	Failed  *wireError  `json:"failed,omitempty"` // answers Setup (ID 0) or Exec
+	Repairs uint64      `json:"repairs,omitempty"` // of the rules, so far
+	Failed  *wireError  `json:"failed,omitempty"`  // answers Setup (ID 0) or Exec
 	Started int         `json:"started,omitempty"`
 	Stopped bool        `json:"stopped,omitempty"` // the main command's own process group stopped
 	Exited  *exitEvent  `json:"exited,omitempty"`
 }
 
-// readyEvent answers Setup. The TUN and the network namespace travel beside it.
+// readyEvent answers Setup. Beside it travel the files of these names, in their order.
 type readyEvent struct {
-	Report Report `json:"report"`
+	Report Report   `json:"report"`
+	Files  []string `json:"files"`
 }
+
+// Names of the files that a guest gives out.
+const (
+	wireTUN       = "tun"
+	wireNetNS     = "netns"
+	wireNFT       = "nftables" // the owner of the tables
+	wireListener4 = "listener4"
+	wireListener6 = "listener6"
+	wireProbe4    = "probe4"
+	wireProbe6    = "probe6"
+)
 
 // logEvent asks the daemon to write a line for the agent, which has no log.
 type logEvent struct {

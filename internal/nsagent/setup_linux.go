@@ -5,14 +5,15 @@ import (
 	"os"
 )
 
-// setup makes the guest what the spec says. The caller owns the TUN.
-func (g *guest) setup() (tun *os.File, r Report, err error) {
+// setup makes the guest what the spec says. The caller owns the files, by their names on
+// the wire.
+func (g *guest) setup() (files map[string]*os.File, r Report, err error) {
 	if g.spec.Join != nil {
 		if err := g.refuseDefaultRoute(); err != nil {
 			return nil, r, err
 		}
 	}
-	tun, err = g.network(&r)
+	tun, err := g.network(&r)
 	if err != nil {
 		return nil, r, err
 	}
@@ -34,8 +35,10 @@ func (g *guest) setup() (tun *os.File, r Report, err error) {
 	if g.spec.PingRange {
 		g.openPing(&r)
 	}
-	if g.spec.IdentitySNAT {
-		g.identitySNAT(&r)
-	}
-	return tun, r, nil
+	k := g.prepareKernel(&r)
+	g.loadTables(&r, k)
+	g.settleKernel(k, &r)
+	files = k.files()
+	files[wireTUN], files[wireNFT] = tun, g.tables.owner()
+	return files, r, nil
 }

@@ -51,12 +51,17 @@ type Spec struct {
 
 	// IdentitySNAT keeps the guest's MASQUERADE rules from hiding containers.
 	IdentitySNAT bool
+	// KernelPath asks for what the kernel path needs: rules, routes and sockets.
+	KernelPath bool
 	// PingRange opens ping sockets to every group of the guest.
 	PingRange bool
 
 	// StopTimeout is how long commands may take to end after TERM before they
 	// are killed. Zero means DefaultStopTimeout, negative kills at once.
 	StopTimeout time.Duration
+
+	// noOwner has the agent do as on kernels whose tables have no owners, for tests.
+	noOwner bool
 }
 
 // TUN names the guest's network device.
@@ -95,6 +100,12 @@ type Report struct {
 	// SNAT is why the identity SNAT could not be loaded: a guest's containers
 	// may then share one address.
 	SNAT string `json:"snat,omitempty"`
+	// Kernel is why the kernel path is not available, with what was missing; empty
+	// if it is, or was not asked for.
+	Kernel string `json:"kernel,omitempty"`
+	// Kernel6 is why it has no IPv6, so that IPv6 flows take netstack; empty if it
+	// has, and if there is no kernel path at all.
+	Kernel6 string `json:"kernel6,omitempty"`
 	// Sys is why /sys shows the host's network devices.
 	Sys string `json:"sys,omitempty"`
 	// IPv6 is why the guest has no IPv6.

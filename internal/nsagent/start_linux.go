@@ -57,20 +57,9 @@ func Start(ctx context.Context, spec Spec, log *slog.Logger) (*Agent, error) {
 		}
 		return nil, err
 	}
-	a.keepSpare()
+	a.spare = duplicate(a.tun)
 	a.serve()
 	return a, nil
-}
-
-// keepSpare duplicates the TUN's descriptor for Release.
-func (a *Agent) keepSpare() {
-	fd, err := rawFD(a.tun)
-	if err == nil {
-		a.spare, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
-	}
-	if err != nil {
-		a.spare = -1
-	}
 }
 
 // complete fills in defaults and checks what would otherwise fail late.
@@ -188,7 +177,7 @@ func agentEnv() []string {
 
 // handshake has the agent set up everything and takes what it passes out.
 func (a *Agent) handshake() error {
-	if err := a.wire.send(request{Setup: &a.spec}); err != nil {
+	if err := a.wire.send(request{Setup: &setupRequest{Spec: a.spec, NoOwner: a.spec.noOwner}}); err != nil {
 		return a.died(err)
 	}
 	if a.spec.Rootless { // meanwhile the agent makes the network
@@ -207,8 +196,7 @@ func (a *Agent) handshake() error {
 		switch {
 		case err != nil:
 			return a.died(err)
-		case ev.Ready != nil && len(files) == 2:
-			a.tun, a.netns = files[0], files[1]
+		case ev.Ready != nil && len(files) == len(ev.Ready.Files) && a.take(ev.Ready.Files, files):
 			a.report = ev.Ready.Report
 			a.report.Mapping, a.report.MappingNote = a.mapped.kind, a.mapped.note
 			return nil
@@ -223,6 +211,26 @@ func (a *Agent) handshake() error {
 			return fmt.Errorf("start the agent: unexpected answer")
 		}
 	}
+}
+
+// take takes the files of a guest that is ready, unless one is missing that no guest is
+// without.
+func (a *Agent) take(names []string, files []*os.File) bool {
+	named := make(map[string]*os.File, len(files))
+	for i, f := range files {
+		named[names[i]] = f
+	}
+	if named[wireTUN] == nil || named[wireNetNS] == nil || len(named) != len(files) {
+		return false
+	}
+	a.tun, a.netns, a.nft = named[wireTUN], named[wireNetNS], named[wireNFT]
+	if named[wireListener4] != nil {
+		a.kernel = &KernelSockets{
+			Listener4: named[wireListener4], Listener6: named[wireListener6],
+			Probe4: named[wireProbe4], Probe6: named[wireProbe6],
+		}
+	}
+	return true
 }
 
 // lastWords returns why the agent gave up while we did something for it, which then

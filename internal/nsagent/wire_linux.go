@@ -26,8 +26,8 @@ const (
 	// maxBody bounds a body in bytes: 2 MiB of arguments and environment become
 	// 2.7 MiB in base64.
 	maxBody = 4 << 20
-	// maxFiles is the most files one message carries: stdin, stdout, stderr.
-	maxFiles = 3
+	// maxFiles is the most files one message carries: those of a ready guest.
+	maxFiles = 7
 )
 
 // wire is one end. One goroutine may read while any number write.

@@ -1,0 +1,202 @@
+package nsagent
+
+import (
+	"encoding/binary"
+	"net/netip"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// The rules of the guest's namespace, one table for each of the two families:
+//
+//	table ip slipway {
+//		chain raw {
+//			type filter hook prerouting priority raw
+//			iifname TUN tcp flags & (fin | syn | rst | ack) == syn fib daddr type != local notrack
+//		}
+//		chain prerouting {
+//			type filter hook prerouting priority -90
+//			iifname TUN tcp flags & (fin | syn | rst | ack) == syn fib daddr type != local \
+//				tproxy to GATEWAY:PORT meta mark set meta mark | 0x1000 accept
+//			tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 meta mark set meta mark | 0x1000
+//		}
+//		chain output {
+//			type route hook output priority -90
+//			meta l4proto tcp ct direction original ct mark & 0x1000 == 0x1000 meta mark set meta mark | 0x1000 accept
+//			oif lo tcp flags & (syn | ack) == syn | ack fib saddr type != local ct mark set ct mark | 0x1000
+//		}
+//		chain identity {
+//			type nat hook postrouting priority 90
+//			oifname TUN snat to ip saddr
+//		}
+//	}
+//
+// A guest's SYN has passed all of the guest's own rules when it leaves by the TUN. The
+// daemon writes the same packet back into the TUN once it has connected the target, and
+// the chain prerouting hands it to our listener. Nothing but a SYN to somebody who is
+// not here is ever taken: what is for a local address (a published port, say) goes on as
+// it is. It is not tracked again, because after a DNAT it would clash with the reply
+// direction of the entry it made on its way out.
+//
+// The packets that follow are told by the socket they belong to (of a container, which
+// come in by a bridge), or by a bit of the connection's mark (of processes in the
+// namespace itself, whose packets pass no prerouting before they are routed); either way
+// a bit of the packet's mark has a rule of ip-rule(8) keep them here. The bit in the
+// connection's mark is set by the listener's own SYN-ACK. No other bit of either mark is
+// touched: kube-proxy and others have theirs.
+//
+// The chains come after connection tracking and DNAT (priorities -200 and -100), so that
+// they see the addresses that the guest's rules chose.
+//
+// identity is for all flows: the guest's own MASQUERADE rules (Docker's for each bridge,
+// priority 100) would give all containers the address of the TUN. A nat chain that runs
+// before them and maps each source to itself settles the matter for the whole connection;
+// an accept would not, as the next chain is asked all the same. It changes nothing for
+// anybody else.
+const (
+	nftTable = "slipway"
+	// identityPriority is before srcnat, 100.
+	identityPriority = 90
+	// rawPriority is before connection tracking, -200; as iptables -t raw has it.
+	rawPriority = -300
+	// steerPriority is behind DNAT, -100.
+	steerPriority = -90
+)
+
+// KernelMark is the bit of packet and connection marks in the guest's namespace that
+// keeps packets of the kernel path there.
+const KernelMark = 0x1000
+
+// TCP flags, RFC 9293 section 3.1, and where they are in the header.
+const (
+	tcpFlagsOffset = 13
+	tcpFIN         = 0x01
+	tcpSYN         = 0x02
+	tcpRST         = 0x04
+	tcpACK         = 0x10
+)
+
+// nftFamily is a family's table and what differs in its rules.
+type nftFamily struct {
+	family   nftables.TableFamily
+	name     string // as nft has it
+	words    string // for people
+	srcStart uint32 // of the source address in the packet, in bytes
+	addrLen  uint32
+}
+
+// RFC 791 section 3.1, RFC 8200 section 3.
+var (
+	nftIPv4 = nftFamily{nftables.TableFamilyIPv4, "ip", "IPv4", 12, 4}
+	nftIPv6 = nftFamily{nftables.TableFamilyIPv6, "ip6", "IPv6", 8, 16}
+)
+
+// identityChain keeps the sources of what leaves by the device tun.
+func (f nftFamily) identityChain(tun string) nftChain {
+	return nftChain{"identity", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, identityPriority, [][]expr.Any{
+		join(device(expr.MetaKeyOIFNAME, tun),
+			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: f.srcStart, Len: f.addrLen},
+			&expr.NAT{Type: expr.NATTypeSourceNAT, Family: uint32(f.family), RegAddrMin: 1},
+		),
+	}}
+}
+
+// kernelChains steer TCP into the listener at the address listen, which is of the family.
+func (f nftFamily) kernelChains(tun string, listen netip.AddrPort) []nftChain {
+	const all = tcpFIN | tcpSYN | tcpRST | tcpACK
+	syn := join(device(expr.MetaKeyIIFNAME, tun), tcpFlags(all, expr.CmpOpEq, tcpSYN), elsewhere(expr.Fib{FlagDADDR: true}))
+	return []nftChain{
+		{"raw", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, rawPriority, [][]expr.Any{
+			join(syn, &expr.Notrack{}),
+		}},
+		{"prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, steerPriority, [][]expr.Any{
+			join(syn, f.tproxy(listen), setMark(), accept()),
+			join(tcpFlags(all, expr.CmpOpNeq, tcpSYN),
+				&expr.Socket{Key: expr.SocketKeyTransparent, Register: 1}, equal([]byte{1}), setMark()),
+		}},
+		{"output", nftables.ChainTypeRoute, nftables.ChainHookOutput, steerPriority, [][]expr.Any{
+			join(isTCP(),
+				&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, equal([]byte{0}),
+				&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, masked(KernelMark, 0), equal(host32(KernelMark)),
+				setMark(), accept()),
+			join(&expr.Meta{Key: expr.MetaKeyOIF, Register: 1}, equal(host32(loopback)),
+				tcpFlags(tcpSYN|tcpACK, expr.CmpOpEq, tcpSYN|tcpACK), elsewhere(expr.Fib{FlagSADDR: true}),
+				&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, withBit(),
+				&expr.Ct{Key: expr.CtKeyMARK, Register: 1, SourceRegister: true}),
+		}},
+	}
+}
+
+// tproxy hands a packet to the socket at the address listen.
+func (f nftFamily) tproxy(listen netip.AddrPort) []expr.Any {
+	return []expr.Any{
+		&expr.Immediate{Register: 1, Data: listen.Addr().AsSlice()},
+		&expr.Immediate{Register: 2, Data: binary.BigEndian.AppendUint16(nil, listen.Port())},
+		&expr.TProxy{Family: byte(f.family), TableFamily: byte(f.family), RegAddr: 1, RegPort: 2},
+	}
+}
+
+// join makes one rule of expressions and lists of them.
+func join(parts ...any) []expr.Any {
+	var rule []expr.Any
+	for _, p := range parts {
+		switch p := p.(type) {
+		case []expr.Any:
+			rule = append(rule, p...)
+		case expr.Any:
+			rule = append(rule, p)
+		}
+	}
+	return rule
+}
+
+// device matches the name of a device.
+func device(key expr.MetaKey, name string) []expr.Any {
+	b := make([]byte, unix.IFNAMSIZ)
+	copy(b, name)
+	return []expr.Any{&expr.Meta{Key: key, Register: 1}, equal(b)}
+}
+
+func isTCP() []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, equal([]byte{unix.IPPROTO_TCP})}
+}
+
+// tcpFlags matches TCP packets by some of their flags.
+func tcpFlags(mask byte, op expr.CmpOp, flags byte) []expr.Any {
+	return join(isTCP(),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: tcpFlagsOffset, Len: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{mask}, Xor: []byte{0}},
+		&expr.Cmp{Op: op, Register: 1, Data: []byte{flags}})
+}
+
+// elsewhere matches if the address that by selects is not one of the namespace.
+func elsewhere(by expr.Fib) []expr.Any {
+	by.Register, by.ResultADDRTYPE = 1, true
+	return []expr.Any{&by, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: host32(unix.RTN_LOCAL)}}
+}
+
+// setMark sets our bit of the packet's mark.
+func setMark() []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, withBit(),
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1, SourceRegister: true},
+	}
+}
+
+// withBit sets our bit in register 1.
+func withBit() *expr.Bitwise { return masked(^uint32(KernelMark), KernelMark) }
+
+// masked keeps the bits of mask in register 1 and flips those of xor.
+func masked(mask, xor uint32) *expr.Bitwise {
+	return &expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: host32(mask), Xor: host32(xor)}
+}
+
+func accept() *expr.Verdict { return &expr.Verdict{Kind: expr.VerdictAccept} }
+
+// equal compares register 1.
+func equal(data []byte) *expr.Cmp { return &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: data} }
+
+// host32 is a number as the kernel keeps marks and indices.
+func host32(n uint32) []byte { return binary.NativeEndian.AppendUint32(nil, n) }
