@@ -117,18 +117,21 @@ const (
 	keepCount    = 8
 )
 
-// established prepares a connected socket for the relay. Failing to set an option
-// costs its comfort, not the connection.
+// established prepares a connected socket for the relay.
 func (c *hostConn) established(a netip.Addr) {
+	c.raw.Control(func(fd uintptr) { setEstablished(int(fd), a) })
+}
+
+// setEstablished prepares a connected socket for the relay. Failing to set an option
+// costs its comfort, not the connection.
+func setEstablished(fd int, a netip.Addr) {
 	level, opt := unix.SOL_IPV6, unix.IPV6_RECVERR
 	if a.Is4() {
 		level, opt = unix.SOL_IP, unix.IP_RECVERR
 	}
-	c.raw.Control(func(fd uintptr) {
-		unix.SetsockoptInt(int(fd), level, opt, 0)
-		unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
-		unix.SetsockoptInt(int(fd), unix.SOL_TCP, unix.TCP_KEEPIDLE, int(keepIdle/time.Second))
-		unix.SetsockoptInt(int(fd), unix.SOL_TCP, unix.TCP_KEEPINTVL, int(keepInterval/time.Second))
-		unix.SetsockoptInt(int(fd), unix.SOL_TCP, unix.TCP_KEEPCNT, keepCount)
-	})
+	unix.SetsockoptInt(fd, level, opt, 0)
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+	unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_KEEPIDLE, int(keepIdle/time.Second))
+	unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_KEEPINTVL, int(keepInterval/time.Second))
+	unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_KEEPCNT, keepCount)
 }

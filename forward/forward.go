@@ -82,9 +82,7 @@ func New(cfg Config) *Forwarder {
 func (f *Forwarder) Decide(ctx context.Context, t flow.Tuple) flow.Verdict {
 	dials, decision, err := f.policy.Route(t)
 	if err != nil {
-		f.stats.denied.Add(1)
-		f.log.Debug("denied", slog.Any("flow", t), slog.Any("err", err))
-		return deniedVerdict(err)
+		return f.denied(t, err)
 	}
 	fl := &flow.Flow{Tuple: t, Decided: decision, Path: flow.Netstack, Dialled: dials[0], Started: time.Now()}
 	if !f.open(fl) {
@@ -93,7 +91,11 @@ func (f *Forwarder) Decide(ctx context.Context, t flow.Tuple) flow.Verdict {
 	conn, err := dialAny(ctx, dials)
 	if err != nil {
 		f.close(fl)
-		return f.failed(ctx, t, err)
+		if ctx.Err() != nil {
+			f.stats.cancelled.Add(1)
+			return flow.Verdict{Answer: flow.Silence}
+		}
+		return f.failed(t, err)
 	}
 	f.stats.connected.Add(1)
 	fl.SetState(flow.Open)
@@ -115,8 +117,10 @@ func (f *Forwarder) close(fl *flow.Flow) {
 	f.tcp.give(fl.Tuple.Guest.Addr())
 }
 
-// deniedVerdict is the answer to a target that policy refuses.
-func deniedVerdict(err error) flow.Verdict {
+// denied is the answer to a target that policy refuses; it counts it.
+func (f *Forwarder) denied(t flow.Tuple, err error) flow.Verdict {
+	f.stats.denied.Add(1)
+	f.log.Debug("denied", slog.Any("flow", t), slog.Any("err", err))
 	var denied *DeniedError
 	if errors.As(err, &denied) {
 		return denied.Verdict()
@@ -142,11 +146,7 @@ func dialAny(ctx context.Context, addrs []netip.AddrPort) (flow.Conn, error) {
 }
 
 // failed turns a dial's error into an answer, and counts it.
-func (f *Forwarder) failed(ctx context.Context, t flow.Tuple, err error) flow.Verdict {
-	if ctx.Err() != nil {
-		f.stats.cancelled.Add(1)
-		return flow.Verdict{Answer: flow.Silence}
-	}
+func (f *Forwarder) failed(t flow.Tuple, err error) flow.Verdict {
 	var de *DialError
 	if !errors.As(err, &de) {
 		de = &DialError{Err: err}

@@ -42,7 +42,7 @@ func (r *relay) abort() {
 func (f *Forwarder) Relay(ctx context.Context, guest flow.Conn, v flow.Verdict) {
 	r := &relay{guest: guest, host: v.Host, flow: v.Flow}
 	defer f.close(r.flow)
-	if !f.begin(r) {
+	if !opened(v.Host) || !f.begin(r) {
 		r.abort()
 		return
 	}
@@ -55,6 +55,14 @@ func (f *Forwarder) Relay(ctx context.Context, guest flow.Conn, v flow.Verdict) 
 	back.Wait()
 	r.host.Close()
 	r.guest.Close() // last, for it may wait
+}
+
+// opener is a Conn that has to be made usable before the first read or write.
+type opener interface{ open() error }
+
+func opened(c flow.Conn) bool {
+	o, ok := c.(opener)
+	return !ok || o.open() == nil
 }
 
 // begin and end keep the set of running relays, for Close.

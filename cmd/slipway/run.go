@@ -24,7 +24,7 @@ type engineFlags struct {
 
 // settingFlags are flags that set a key of the configuration.
 var settingFlags = []struct{ flag, key, help string }{
-	{"path", "path", "how flows travel, `auto|netstack`"},
+	{"path", "path", "how flows travel, `auto|kernel|netstack`"},
 	{"host-access", "host_access", "`PORTS` of the host's loopback that the guest reaches: none, all, or a list like 80,8000-8010"},
 	{"isolate", "isolate", "`LIST` of what is isolated: net, which always is, mount, pid"},
 	{"log-level", "log_level", "least level that is logged, `debug|info|warn|error`"},

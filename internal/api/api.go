@@ -190,9 +190,13 @@ type Count struct {
 
 // flowOf copies an entry as it is at this moment.
 func flowOf(f *flow.Flow) Flow {
+	path, why := f.Via()
+	if why == "" {
+		why = f.Reason
+	}
 	return Flow{
 		ID: f.ID, Proto: f.Tuple.Proto, Guest: f.Tuple.Guest, Target: f.Tuple.Target,
-		Name: f.Name, Decision: f.Decided, Reason: f.Reason, Path: f.Path, Dialled: f.Dialled,
+		Name: f.Name, Decision: f.Decided, Reason: why, Path: path, Dialled: f.Dialled,
 		State: f.State().String(), Started: f.Started, LastSeen: f.LastSeen(),
 		ToHost:  Count{f.ToHost.Bytes.Load(), f.ToHost.Packets.Load()},
 		ToGuest: Count{f.ToGuest.Bytes.Load(), f.ToGuest.Packets.Load()},

@@ -19,7 +19,7 @@ import (
 // Settings are the values of one engine. Every field has a key of the same name in the
 // file, listed with its range in keys.go.
 type Settings struct {
-	// Path is how flows travel: "auto" or "netstack".
+	// Path is how flows travel: one of the words below.
 	Path string
 
 	// HostAccess says which ports of the host's loopback the guest reaches through
@@ -98,7 +98,7 @@ func Default() *Config {
 
 func defaultSettings() Settings {
 	return Settings{
-		Path:          "auto",
+		Path:          PathAuto,
 		HostAddresses: "allow",
 		IPv4Subnet:    netip.MustParsePrefix("192.168.65.0/24"),
 		IPv6Subnet:    netip.MustParsePrefix("fdc4:f303:9324::/64"),
@@ -212,6 +212,13 @@ func (c *Config) values(name string) []Value {
 // maxName keeps "/run/user/UID/slipway/NAME/guest.sock" well below the 107 bytes that a unix
 // socket's path may have (sun_path in unix(7)), with room for a longer directory.
 const maxName = 32
+
+// The values of Settings.Path.
+const (
+	PathAuto     = "auto"     // kernel where it works
+	PathKernel   = "kernel"   // an error where it does not
+	PathNetstack = "netstack" //
+)
 
 // CheckName reports why name cannot be an engine's name: it is a directory's name, a
 // word of the command line and part of a log line.

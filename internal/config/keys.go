@@ -36,18 +36,12 @@ func (k key) set(s *Settings, v any) error {
 // errNotAllowed stands for "not in the range that the key names".
 var errNotAllowed = errors.New("not allowed")
 
-// errLater is for values that DESIGN names and this version has not got.
-var errLater = errors.New(`"kernel" is not available in this version`)
-
 // keys are all settings in the order of `slipway config show`.
 var keys = []key{
 	{
-		name: "path", allowed: `"auto" or "netstack"`,
+		name: "path", allowed: `"auto", "kernel" or "netstack"`,
 		parse: func(s *Settings, v any) error {
-			if v == "kernel" {
-				return errLater
-			}
-			return oneOf(&s.Path, v, "auto", "netstack")
+			return oneOf(&s.Path, v, PathAuto, PathKernel, PathNetstack)
 		},
 		get: func(s *Settings) string { return strconv.Quote(s.Path) },
 	}, {

@@ -73,10 +73,7 @@ func (b backend) Status() api.Status {
 	forwarded := e.forward.Stats()
 	return api.Status{
 		Engine: e.statusEngine(string(report.Mapping)),
-		Path: api.PathStatus{
-			Configured: e.cfg.Path, TCP: flow.Netstack, UDP: flow.Netstack, Ping: flow.Netstack,
-			Why: "the only path in this version",
-		},
+		Path:   e.statusPath(),
 		Link: api.LinkStatus{
 			Device: nsagent.DefaultTUN, MTU: e.cfg.MTU,
 			OffloadsAccepted: list(e.link.Offloads().Accepted), OffloadsRefused: list(e.link.Offloads().Refused),
@@ -89,6 +86,7 @@ func (b backend) Status() api.Status {
 		Memory:    statusMemory(),
 		Counters: map[string]map[string]int64{
 			"netstack": counters(e.stack.Stats()),
+			"kernel":   e.kernel.counters(e.agent),
 			"tcp":      counters(forwarded.TCP),
 			"udp":      counters(forwarded.UDP),
 			"ping":     counters(forwarded.Ping),

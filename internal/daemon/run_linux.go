@@ -64,6 +64,9 @@ type engine struct {
 	policy  *forward.Policy
 	forward *forward.Forwarder
 	dns     *dns.Server
+	kernel  *kernelPath // nil without
+
+	pathWhy string // why the kernel path is used, or not
 }
 
 // Run starts an engine and blocks until it has ended and everything of it is gone. It
@@ -177,9 +180,22 @@ func (e *engine) progress(format string, args ...any) {
 // startServices makes the parts on the guest's device and sets them going. On error
 // the device stays the caller's.
 func (e *engine) startServices(ctx context.Context, tun *os.File) (*services, error) {
-	var err error
-	if e.link, err = link.NewTUN(tun, e.cfg.MTU); err != nil {
+	s := newServices(ctx)
+	if err := e.makeServices(s, tun); err != nil {
+		s.stop()
 		return nil, err
+	}
+	if err := e.addServices(s); err != nil {
+		s.stop()
+		return nil, err
+	}
+	return s, nil
+}
+
+// makeServices makes the parts, and registers how they end.
+func (e *engine) makeServices(s *services, tun *os.File) error {
+	if err := e.openLink(s, tun); err != nil {
+		return err
 	}
 	n := &e.net
 	e.table = table.New()
@@ -190,23 +206,25 @@ func (e *engine) startServices(ctx context.Context, tun *os.File) (*services, er
 		HostAddresses: forward.HostAddresses(e.cfg.HostAddresses),
 		Log:           e.log,
 	})
-	if e.stack, err = netstack.New(netstack.Config{
+	sc := netstack.Config{
 		Link: e.link, Gateway4: n.Gateway4, Gateway6: n.Gateway6, Log: e.log, MaxDials: e.cfg.MaxDials,
-	}); err != nil {
-		return nil, err
+	}
+	if e.kernel != nil {
+		sc.Poll, sc.Kernel = e.kernel.poll, e.kernel
+	}
+	var err error
+	if e.stack, err = netstack.New(sc); err != nil {
+		return err
 	}
 	e.forward = forward.New(forward.Config{
 		Guest: e.stack, Table: e.table, Policy: e.policy, Log: e.log, MaxUDP: e.cfg.MaxUDP,
 	})
-	e.dns = dns.New(dns.Config{Names: n.names(), Subnets: n.subnets(), Upstreams: n.upstreams, Log: e.log})
-
-	s := newServices(ctx)
 	s.onStop(e.forward.Close)
-	if err := e.addServices(s); err != nil {
-		s.stop()
-		return nil, err
+	e.dns = dns.New(dns.Config{Names: n.names(), Subnets: n.subnets(), Upstreams: n.upstreams, Log: e.log})
+	if e.kernel != nil {
+		return e.kernel.open(s, e)
 	}
-	return s, nil
+	return nil
 }
 
 // addServices starts what runs until the engine ends.
@@ -221,6 +239,9 @@ func (e *engine) addServices(s *services) error {
 		return fmt.Errorf("listen on tcp port %d of the gateway: %w", dnsPort, err)
 	}
 	s.start("netstack", func(ctx context.Context) error { return e.stack.Run(ctx, e.forward) })
+	if err := e.chooseKernel(); err != nil {
+		return err
+	}
 	s.start("dns", func(ctx context.Context) error { return e.dns.Serve(ctx, packets, streams) })
 	return e.addAPI(s)
 }
@@ -262,6 +283,7 @@ func (e *engine) spec() nsagent.Spec {
 		ResolvConf:    e.state.file("resolv.conf"),
 		Hosts:         e.state.file("hosts"),
 		IdentitySNAT:  true,
+		KernelPath:    e.cfg.Path != config.PathNetstack,
 		PingRange:     true,
 		StopTimeout:   e.cfg.StopTimeout,
 	}

@@ -61,11 +61,12 @@ type Flow struct {
 	Name    string         // the name the guest looked up, if known
 	Decided Decision       //
 	Reason  string         // why, in a few words, where the decision is not Direct
-	Path    Path           //
+	Path    Path           // the one it was meant for; see Via
 	Dialled netip.AddrPort // the address given to the host's kernel; differs from Target for ToHost and Proxied
 	Started time.Time
 
 	state   atomic.Uint32
+	fell    atomic.Bool
 	last    atomic.Int64 // unix nanoseconds of the last packet either way
 	ToHost  Counter      // guest to target
 	ToGuest Counter      // target to guest
@@ -86,4 +87,16 @@ func (f *Flow) LastSeen() time.Time {
 		return time.Unix(0, n)
 	}
 	return f.Started
+}
+
+// FallBack notes that a flow meant for the kernel path goes through netstack after all.
+func (f *Flow) FallBack() { f.fell.Store(true) }
+
+// Via returns the path that the flow's bytes take, and why where it is not the one
+// that it was meant for.
+func (f *Flow) Via() (p Path, why string) {
+	if f.fell.Load() {
+		return Netstack, "the guest's own rules let no answer of the kernel path through"
+	}
+	return f.Path, ""
 }

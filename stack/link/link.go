@@ -5,6 +5,8 @@
 // Open a Link, read it from one goroutine, write it from any number, Close it.
 package link
 
+import "errors"
+
 // Values of Header.Flags and Header.GSOType, from linux/virtio_net.h.
 const (
 	NeedsCsum = 1 // the transport checksum holds only the pseudo header's sum
@@ -63,4 +65,15 @@ type Link interface {
 
 	// Close ends the link and makes blocked calls return.
 	Close() error
+}
+
+// ErrAgain is what TryReadPacket returns when there is no packet.
+var ErrAgain = errors.New("no packet")
+
+// TryReader is a Link that somebody else waits for.
+type TryReader interface {
+	Link
+
+	// TryReadPacket is ReadPacket without waiting: it returns ErrAgain.
+	TryReadPacket(head, rest []byte) (n int, h Header, err error)
 }

@@ -52,6 +52,7 @@ func NewTUN(f *os.File, mtu int) (*TUN, error) {
 	}
 	t := &TUN{file: f, raw: raw, mtu: mtu}
 	t.read.fn = t.read.try
+	t.read.once = func(fd uintptr) { t.read.tried = t.read.try(fd) }
 	t.writes.New = func() any {
 		w := new(writeOp)
 		w.fn = w.try
@@ -65,6 +66,38 @@ func NewTUN(f *os.File, mtu int) (*TUN, error) {
 		return nil, fmt.Errorf("set offloads on %s: %w", f.Name(), ctlErr)
 	}
 	return t, nil
+}
+
+// NewPolledTUN is NewTUN for a device that the caller waits for, with Watch and
+// TryReadPacket: Go's poller does not know it and is not woken by its packets.
+// ReadPacket must not be called. f is closed, on error too.
+func NewPolledTUN(f *os.File, mtu int) (*TUN, error) {
+	defer f.Close()
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return nil, fmt.Errorf("open link on %s: %w", f.Name(), err)
+	}
+	fd := -1
+	cerr := raw.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) })
+	if err := errors.Join(cerr, err); err != nil {
+		return nil, fmt.Errorf("open link on %s: %w", f.Name(), err)
+	}
+	// package os asks once, and leaves alone what would block.
+	unix.SetNonblock(fd, false)
+	own := os.NewFile(uintptr(fd), f.Name())
+	unix.SetNonblock(fd, true)
+	t, err := NewTUN(own, mtu)
+	if err != nil {
+		own.Close()
+		return nil, err
+	}
+	return t, nil
+}
+
+// Watch calls f with the descriptor to wait for, which is valid until f returns, and
+// after that until Close.
+func (t *TUN) Watch(f func(fd int)) error {
+	return t.raw.Control(func(fd uintptr) { f(int(fd)) })
 }
 
 // offloads in the order in which they are given up last to first: each needs the
@@ -117,7 +150,12 @@ func (t *TUN) Close() error { return t.file.Close() }
 func (t *TUN) ReadPacket(head, rest []byte) (int, Header, error) {
 	r := &t.read
 	r.prepare(head, rest)
-	if err := t.raw.Read(r.fn); err != nil {
+	return r.result(t, t.raw.Read(r.fn))
+}
+
+// result is what a read ended with.
+func (r *readOp) result(t *TUN, err error) (int, Header, error) {
+	if err != nil {
 		return 0, Header{}, closed(err)
 	}
 	if r.errno != 0 {
@@ -127,6 +165,17 @@ func (t *TUN) ReadPacket(head, rest []byte) (int, Header, error) {
 		return 0, Header{}, fmt.Errorf("read from %s: %d bytes, shorter than a header", t.file.Name(), r.n)
 	}
 	return r.n - vnetHdrLen, r.hdr, nil
+}
+
+// TryReadPacket implements TryReader.
+func (t *TUN) TryReadPacket(head, rest []byte) (int, Header, error) {
+	r := &t.read
+	r.prepare(head, rest)
+	err := t.raw.Control(r.once)
+	if err == nil && !r.tried {
+		return 0, Header{}, ErrAgain
+	}
+	return r.result(t, err)
 }
 
 // WritePacket implements Link.

@@ -22,6 +22,8 @@ type readOp struct {
 	n     int
 	errno syscall.Errno
 	fn    func(fd uintptr) bool
+	tried bool             // result of once
+	once  func(fd uintptr) // one try, for TryReadPacket
 }
 
 func (r *readOp) prepare(head, rest []byte) {

@@ -36,14 +36,16 @@ const (
 // dial is one held SYN.
 type dial struct {
 	tuple  flow.Tuple
-	syn    [8]byte // ports and sequence number, to quote in an ICMP error
-	rest   []byte  // what followed in the TCP header
-	ctx    context.Context
+	syn    [8]byte         // ports and sequence number, to quote in an ICMP error
+	rest   []byte          // what followed in the TCP header
+	ctx    context.Context // nil while the kernel path dials
 	cancel context.CancelFunc
 
 	seen time.Time     // the last SYN
 	gap  time.Duration // the longest time between two of them so far
 	gone bool          // cancelled because the guest gave up
+
+	held heldSYN // for the kernel path, see held.go
 }
 
 // seq is the SYN's sequence number.
@@ -96,37 +98,42 @@ const (
 	closedDown                  // we are about to end
 )
 
-// begin holds a SYN. When it is admitted, admit has been called with the lock held.
-func (ds *dials) begin(parent context.Context, t flow.Tuple, tcpHeader []byte, now time.Time, admit func()) admission {
+// begin holds a SYN. When it is admitted, admit has been called with the lock held, and
+// its dial has a context below parent, or none for a nil parent. The dial is returned if
+// it is admitted or repeated.
+func (ds *dials) begin(parent context.Context, t flow.Tuple, tcpHeader []byte, now time.Time, admit func()) (*dial, admission) {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
 	if d := ds.byFlow[t]; d != nil {
 		if !d.gone && quote8(tcpHeader) != d.syn {
 			d.giveUp()
-			return replaced
+			return nil, replaced
 		}
 		d.gap = max(d.gap, now.Sub(d.seen))
 		d.seen = now
-		return repeated
+		return d, repeated
 	}
 	guest := t.Guest.Addr()
 	switch {
 	case ds.closed:
-		return closedDown
+		return nil, closedDown
 	case ds.guests[guest] >= ds.maxPerGuest:
-		return overGuest
+		return nil, overGuest
 	case len(ds.byFlow) >= ds.max, len(ds.byFlow) >= ds.maxStrangers && !ds.isKnown(guest):
-		return overDials
+		return nil, overDials
 	}
 	d := &dial{tuple: t, syn: quote8(tcpHeader), seen: now}
 	if len(tcpHeader) > len(d.syn) {
 		d.rest = append(d.rest, tcpHeader[len(d.syn):]...)
 	}
-	d.ctx, d.cancel = context.WithCancel(parent)
+	d.cancel = func() {}
+	if parent != nil {
+		d.ctx, d.cancel = context.WithCancel(parent)
+	}
 	ds.byFlow[t] = d
 	ds.guests[guest]++
 	admit()
-	return admitted
+	return d, admitted
 }
 
 // isKnown reports whether guest is real. The caller holds mu.

@@ -83,6 +83,15 @@ type Config struct {
 	Gateway6 netip.Addr   //
 	Log      *slog.Logger // nil discards
 
+	// Poll, if not nil, has ready called on a thread of the caller's whenever the
+	// link, which must be a link.TryReader, may have a packet, and again when it
+	// returned true, until stop has returned. Without it Run reads the link.
+	Poll func(ready func() (again bool)) (stop func(), err error)
+
+	// Kernel, if not nil, is the kernel path, which needs Poll: all its methods and
+	// what they call run on that thread. It is used once UseKernel says so.
+	Kernel Kernel
+
 	// MaxDials bounds the connections whose target is being dialled; one guest
 	// address may use two thirds of them. Zero means 4096.
 	MaxDials int
@@ -100,6 +109,11 @@ type Stack struct {
 	ep    *endpoint
 	dials dials
 	bufs  buffers
+
+	kernel     kernelPath
+	kernelTodo atomic.Bool  // kernel has something to catch up with
+	served     atomic.Int64 // connections that gVisor has
+
 	ident atomic.Uint32 // IPv4 identification and IPv6 fragment identification of our own packets
 	stats counters
 
@@ -119,6 +133,7 @@ func New(cfg Config) (*Stack, error) {
 		cfg.MaxDials = defaultMaxDials
 	}
 	s := &Stack{cfg: cfg, log: cfg.Log.With(slog.String("component", "netstack"))}
+	s.kernel.Kernel = cfg.Kernel
 	s.dials.init(cfg.MaxDials)
 	s.ident.Store(rand.Uint32())
 	s.ep = newEndpoint(cfg.Link, &s.stats)
@@ -198,9 +213,15 @@ func (s *Stack) Run(ctx context.Context, f Forwarder) error {
 	loops.Go(s.ep.writeLoop)
 	loops.Go(func() { s.dials.sweepLoop(ctx, func() { s.stats.gaveUp.Add(1) }) })
 	failed := make(chan error, 1)
-	loops.Go(func() { failed <- s.readLoop() })
-
+	stop := func() {}
 	var err error
+	if s.cfg.Poll == nil {
+		loops.Go(func() { failed <- s.readLoop() })
+	} else if stop, err = s.cfg.Poll(s.poll(s.cfg.Link.(link.TryReader), failed)); err != nil {
+		failed <- err
+		stop = func() {}
+	}
+
 	select {
 	case <-ctx.Done():
 	case err = <-failed:
@@ -212,6 +233,7 @@ func (s *Stack) Run(ctx context.Context, f Forwarder) error {
 	s.endFlows()
 	s.ep.closeQueue()
 	s.ep.drained.Wait()
+	stop()
 	s.cfg.Link.Close()
 	loops.Wait()
 	s.ip.Destroy()

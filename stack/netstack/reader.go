@@ -63,9 +63,40 @@ func (s *Stack) readLoop() error {
 		if err != nil {
 			return err
 		}
-		r.n, r.hdr = n, h
-		s.stats.fromGuest.Add(n)
-		r.dispatch()
+		r.take(n, h)
+	}
+}
+
+// take dispatches the packet that was read.
+func (r *reader) take(n int, h link.Header) {
+	r.n, r.hdr = n, h
+	r.s.stats.fromGuest.Add(n)
+	r.dispatch()
+}
+
+// turn is how many packets are read before others on the same thread have theirs.
+const turn = 64
+
+// poll returns a function that reads what the link has, without waiting, and says
+// whether there may be more. It gives up, and tells failed, when the link fails.
+func (s *Stack) poll(l link.TryReader, failed chan<- error) func() (again bool) {
+	r := &reader{s: s, chunk: newChunk()}
+	return func() bool {
+		for range turn {
+			n, h, err := l.TryReadPacket(r.head[:], r.chunk.AsSlice()[headLen:])
+			switch {
+			case errors.Is(err, link.ErrAgain):
+				return false
+			case err != nil:
+				select {
+				case failed <- err:
+				default: // told already
+				}
+				return false
+			}
+			r.take(n, h)
+		}
+		return true
 	}
 }
 
@@ -149,7 +180,7 @@ type ipInfo struct {
 func (r *reader) slow(proto uint8, hl int, ip *ipInfo, toGateway bool) bool {
 	switch p := tcpip.TransportProtocolNumber(proto); {
 	case p == header.TCPProtocolNumber:
-		return r.checked(r.verified() || tcpChecksumOK(ip, r.payload(hl)))
+		return r.checked(r.verified() || tcpChecksumOK(ip, r.payload(hl))) && !r.hold(ip, r.payload(hl), toGateway)
 	case p == header.UDPProtocolNumber && toGateway:
 		return r.checked(r.verified() || r.n < hl+header.UDPMinimumSize || udpChecksumOK(ip, r.payload(hl)))
 	case toGateway:

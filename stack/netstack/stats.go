@@ -24,6 +24,7 @@ type counters struct {
 	dialLimit   atomic.Uint64
 	guestLimit  atomic.Uint64
 	gaveUp      atomic.Uint64
+	detours     atomic.Uint64
 }
 
 // Stats is what happened on a Stack's link since it was made. Bytes are bytes of IP
@@ -38,6 +39,10 @@ type Stats struct {
 
 	Dials  int    `json:"dials"`          // connections whose target is being dialled now
 	GaveUp uint64 `json:"guests_gave_up"` // dials cancelled because the guest stopped asking
+
+	// Detours counts connections of the kernel path that the guest's kernel did not
+	// complete, and that took netstack if the guest still wanted them.
+	Detours uint64 `json:"detours"`
 
 	Drops Drops `json:"drops"`
 }
@@ -65,6 +70,7 @@ func (s *Stack) Stats() Stats {
 		QueueWaits:       c.queueFull.Load(),
 		Dials:            s.dials.len(),
 		GaveUp:           c.gaveUp.Load(),
+		Detours:          c.detours.Load(),
 		Drops: Drops{
 			Martian:     c.martian.Load(),
 			Malformed:   c.malformed.Load(),

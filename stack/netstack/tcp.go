@@ -55,24 +55,16 @@ func (s *Stack) tcpHandler(requests *tcp.Forwarder, id stack.TransportEndpointID
 	}
 	if h.Flags()&(header.TCPFlagSyn|header.TCPFlagAck) != header.TCPFlagSyn ||
 		t.Target.Addr() == s.cfg.Gateway4 || t.Target.Addr() == s.cfg.Gateway6 {
-		return false
+		return s.dials.holds(t) // a segment that the guest's own rules kept from its kernel's answer
 	}
 	if ip := infoOf(id, pkt); ip.hops <= 1 {
 		s.unreachable(t, quote8(h), h[8:], flow.Verdict{ICMP: timeExceededFor(ip.src)})
 		return true
 	}
-	switch s.dials.begin(s.ctx, t, h, time.Now(), func() { s.flows.Add(1) }) {
-	case overDials:
-		s.stats.dialLimit.Add(1)
-		return true
-	case overGuest:
-		s.stats.guestLimit.Add(1)
-		return true
-	case replaced:
-		s.stats.gaveUp.Add(1)
-		return true
-	case repeated, closedDown:
-		return true
+	if !s.dials.takeGiven(t) {
+		if _, a := s.dials.begin(s.ctx, t, h, time.Now(), func() { s.flows.Add(1) }); !s.admitted(a) {
+			return true
+		}
 	}
 	if !requests.HandlePacket(id, pkt) { // a bad checksum
 		s.dials.end(t)
@@ -80,6 +72,19 @@ func (s *Stack) tcpHandler(requests *tcp.Forwarder, id stack.TransportEndpointID
 		return true
 	}
 	return true
+}
+
+// admitted reports whether a SYN is to be dialled, and counts why not.
+func (s *Stack) admitted(a admission) bool {
+	switch a {
+	case overDials:
+		s.stats.dialLimit.Add(1)
+	case overGuest:
+		s.stats.guestLimit.Add(1)
+	case replaced:
+		s.stats.gaveUp.Add(1)
+	}
+	return a == admitted
 }
 
 // tupleOf renames at the boundary: gVisor calls the guest's target "local".
@@ -104,6 +109,7 @@ func (s *Stack) serveTCP(r *tcp.ForwarderRequest) {
 	defer s.flows.Done()
 	guest, v := s.answer(r)
 	if guest != nil {
+		defer s.served.Add(-1)
 		guest.onReset(func() {
 			guest.Abort()
 			v.Host.Abort()
@@ -120,7 +126,12 @@ func (s *Stack) answer(r *tcp.ForwarderRequest) (*guestConn, flow.Verdict) {
 	d := s.dials.get(t)
 	defer s.dials.end(t)
 
-	v := s.forward.Decide(d.ctx, t)
+	var v flow.Verdict
+	if d.held.kept != nil {
+		v = *d.held.kept
+	} else {
+		v = s.forward.Decide(d.ctx, t)
+	}
 	switch v.Answer {
 	case flow.Connect:
 		return s.connect(d, r, v), v
@@ -145,10 +156,12 @@ func (s *Stack) connect(d *dial, r *tcp.ForwarderRequest, v flow.Verdict) *guest
 	}
 	id := r.ID() // Complete forgets it
 	size := s.bufs.enter()
+	s.served.Add(1)
 	wq := new(waiter.Queue)
 	ep, terr := r.CreateEndpoint(wq)
 	r.Complete(false)
 	if terr != nil {
+		s.served.Add(-1)
 		s.bufs.leave()
 		s.forward.Discard(v)
 		return nil

@@ -1,0 +1,317 @@
+package forward
+
+import (
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/slipway-net/slipway/internal/flow"
+	"github.com/slipway-net/slipway/internal/loop"
+)
+
+// Theory of operation.
+//
+// A pair joins two sockets: the guest's, which the kernel path accepted in the guest's
+// namespace, or which a published port accepted on the host, and the one that was
+// dialled for it. Both are descriptors of one event loop, and everything about a pair
+// happens on its thread. There is no goroutine a flow, and an idle flow holds two
+// descriptors and this struct.
+//
+// Each direction is read from one leg (src) and written to the other (dst):
+//
+//   - nothing is read that could not be written: while dst takes no more, src is left
+//     alone, and its window closes. What the kernel did not take of one read stays with
+//     dst (left, or a pipe) and goes first. So a flow holds at most one buffer or pipe
+//     a direction, and only while it is blocked.
+//   - small messages are read into a buffer that all flows share and written from it:
+//     two system calls. When a read fills the buffer the flow is a bulk transfer, and
+//     its bytes go through a pipe with splice(2), which moves pages instead of copying
+//     them; after a few short reads it is treated as small again.
+//   - a FIN (end of file on src) is passed on as shutdown(2) of dst when everything
+//     before it has been written, and ends that direction only (RFC 9293 section 3.6).
+//     The second FIN closes both sockets, which sends it.
+//   - an error on either side resets both (SO_LINGER 0, socket(7)): a peer must not see
+//     an orderly end of something that was cut off, and a reset leaves no TIME_WAIT to
+//     use up the host's ports. An error is noticed even while nothing can be written:
+//     epoll reports it whatever is asked for.
+//
+// A busy flow stops after turnRounds and is called again after the others.
+//
+// Measured on 2 cores against goroutines with Go's poller, see docs/paths.md.
+
+const (
+	// smallRead is the size in bytes of the shared buffer: a read that fills it makes
+	// a flow a bulk transfer.
+	smallRead = 64 << 10
+	// bulkFloor is how many bytes a splice of a bulk transfer brings at least; shortMost
+	// of less in a row make it small again.
+	bulkFloor = 16 << 10
+	shortMost = 4
+	// turnRounds bounds the reads of one direction in one turn: 8 MiB at most.
+	turnRounds = 16
+)
+
+// pair is one joined flow.
+type pair struct {
+	s    *Sockets
+	flow *flow.Flow
+	legs [2]leg // guest, host
+	over bool
+}
+
+// leg is one socket of a pair.
+type leg struct {
+	pair *pair
+	fd   int
+	ref  loop.Ref
+
+	readable bool // there may be something to read
+	writable bool // it may take more
+	ended    bool // the kernel told of a FIN or an error: read on until it shows
+	failed   bool // the socket has an error
+	eof      bool // its FIN was read
+	shut     bool // our FIN was sent to it
+	bulk     bool // read with splice(2)
+	short    uint8
+
+	left *flow.Buf // bytes for this socket that it did not take yet, or
+	pipe *pipe     // the same, in a pipe
+}
+
+// Ready implements loop.Handler.
+func (l *leg) Ready(events uint32) bool {
+	if events&(loop.Readable|loop.PeerShut|loop.HangUp|loop.Failed) != 0 {
+		l.readable = true
+	}
+	if events&(loop.Writable|loop.HangUp|loop.Failed) != 0 {
+		l.writable = true
+	}
+	if events&(loop.PeerShut|loop.HangUp|loop.Failed) != 0 {
+		l.ended = true
+	}
+	if events&loop.Failed != 0 {
+		l.failed = true
+	}
+	p := l.pair
+	o := p.other(l)
+	more := p.pump(l, o)
+	if !p.over {
+		more = p.pump(o, l) || more
+	}
+	if p.over {
+		return false
+	}
+	if l.failed && !more { // and reading did not bring it up: the other side is blocked
+		p.abort()
+		return false
+	}
+	return more
+}
+
+func (p *pair) other(l *leg) *leg {
+	if l == &p.legs[0] {
+		return &p.legs[1]
+	}
+	return &p.legs[0]
+}
+
+// counter is where bytes that l sent are counted.
+func (p *pair) counter(l *leg) *flow.Counter {
+	if l == &p.legs[0] {
+		return &p.flow.ToHost
+	}
+	return &p.flow.ToGuest
+}
+
+// pump carries src's bytes to dst as far as both allow, and reports whether it stopped
+// only to give others a turn.
+func (p *pair) pump(src, dst *leg) (more bool) {
+	for range turnRounds {
+		if !p.flush(src, dst) {
+			return false
+		}
+		if src.eof {
+			p.passFIN(dst)
+			return false
+		}
+		if !src.readable || !dst.writable {
+			return false
+		}
+		if !p.carry(src, dst) {
+			return false
+		}
+	}
+	return true
+}
+
+// carry does one read and what follows from it; false ends the turn.
+func (p *pair) carry(src, dst *leg) bool {
+	if src.bulk {
+		if pp := p.s.pipes.get(); pp != nil {
+			return p.splice(src, dst, pp)
+		}
+	}
+	return p.copy(src, dst)
+}
+
+// copy reads once and writes what it got.
+func (p *pair) copy(src, dst *leg) bool {
+	n, errno := rawRead(src.fd, p.s.scratch)
+	if errno != 0 || n == 0 {
+		return p.readEnd(src, errno)
+	}
+	b := p.s.scratch[:n]
+	if n == len(p.s.scratch) {
+		src.bulk, src.short = true, 0
+	} else if !src.ended {
+		src.readable = false // a short read has emptied the socket (epoll(7), Q9)
+	}
+	m, errno := rawWrite(dst.fd, b)
+	switch {
+	case errno == unix.EAGAIN:
+		m = 0
+	case errno != 0:
+		p.abort()
+		return false
+	}
+	if m > 0 {
+		p.counter(src).Add(m)
+	}
+	if m < n {
+		dst.writable = false
+		dst.left = p.s.f.pool.Get()
+		dst.left.Bytes = dst.left.Room()[:copy(dst.left.Room(), b[m:])]
+	}
+	return true
+}
+
+// splice reads once into pp and writes what it got.
+func (p *pair) splice(src, dst *leg, pp *pipe) bool {
+	n, errno := rawSplice(src.fd, pp.w, pipeBytes)
+	if errno != 0 || n == 0 {
+		p.s.pipes.put(pp)
+		return p.readEnd(src, errno)
+	}
+	if n >= bulkFloor {
+		src.short = 0
+	} else if src.short++; src.short >= shortMost {
+		src.bulk = false
+	}
+	pp.n = n
+	dst.pipe = pp
+	return p.flush(src, dst) || !p.over
+}
+
+// readEnd handles a read that brought nothing; it reports whether to go on.
+func (p *pair) readEnd(src *leg, errno syscall.Errno) bool {
+	switch errno {
+	case 0:
+		src.eof = true
+		p.flow.SetState(flow.HalfOpen)
+		return true
+	case unix.EAGAIN:
+		src.readable = false
+		return false
+	case unix.EINTR:
+		return true
+	}
+	p.abort()
+	return false
+}
+
+// flush writes what dst did not take before, and reports whether nothing is left.
+func (p *pair) flush(src, dst *leg) bool {
+	for dst.left != nil || dst.pipe != nil {
+		if !dst.writable {
+			return false
+		}
+		n, errno := dst.drain(p.s)
+		switch {
+		case errno == unix.EAGAIN:
+			dst.writable = false
+			return false
+		case errno == unix.EINTR:
+		case errno != 0:
+			p.abort()
+			return false
+		default:
+			p.counter(src).Add(n)
+		}
+	}
+	return true
+}
+
+// drain writes what is left once, and lets go of what holds it when it is empty.
+func (l *leg) drain(s *Sockets) (int, syscall.Errno) {
+	if l.pipe != nil {
+		n, errno := rawSplice(l.pipe.r, l.fd, l.pipe.n)
+		if errno != 0 {
+			return 0, errno
+		}
+		if l.pipe.n -= n; l.pipe.n == 0 {
+			s.pipes.put(l.pipe)
+			l.pipe = nil
+		}
+		return n, 0
+	}
+	n, errno := rawWrite(l.fd, l.left.Bytes)
+	if errno != 0 {
+		return 0, errno
+	}
+	if l.left.Bytes = l.left.Bytes[n:]; len(l.left.Bytes) == 0 {
+		s.f.pool.Put(l.left)
+		l.left = nil
+	}
+	return n, 0
+}
+
+// passFIN ends the direction towards dst; after the second one the pair is over.
+func (p *pair) passFIN(dst *leg) {
+	if dst.shut {
+		return
+	}
+	dst.shut = true
+	if p.legs[0].shut && p.legs[1].shut {
+		p.end()
+		return
+	}
+	if rawShutdown(dst.fd) != 0 {
+		p.abort() // it was reset meanwhile
+	}
+}
+
+// abort resets both sides.
+func (p *pair) abort() {
+	if p.over {
+		return
+	}
+	for i := range p.legs {
+		lingerNone(p.legs[i].fd)
+	}
+	p.end()
+}
+
+// end closes both sockets and lets go of everything.
+func (p *pair) end() {
+	p.over = true
+	for i := range p.legs {
+		l := &p.legs[i]
+		p.s.loop.Forget(l.ref)
+		unix.Close(l.fd)
+		if l.left != nil {
+			p.s.f.pool.Put(l.left)
+			l.left = nil
+		}
+		if l.pipe != nil {
+			p.s.pipes.put(l.pipe)
+			l.pipe = nil
+		}
+	}
+	delete(p.s.pairs, p)
+	p.s.f.close(p.flow)
+}
+
+// lingerNone turns the close of fd into a RST.
+func lingerNone(fd int) {
+	unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+}

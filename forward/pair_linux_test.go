@@ -1,0 +1,249 @@
+package forward
+
+import (
+	"bytes"
+	"crypto/rand"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/slipway-net/slipway/internal/flow"
+	"github.com/slipway-net/slipway/internal/flow/table"
+	"github.com/slipway-net/slipway/internal/loop"
+)
+
+// pairing is a pair between two ends that a test holds.
+type pairing struct {
+	t           *testing.T
+	sockets     *Sockets
+	loop        *loop.Loop
+	flow        *flow.Flow
+	guest, host *net.TCPConn // the far ends of both legs
+}
+
+// loopbackPair returns two ends of a TCP connection, one of them as a descriptor.
+func loopbackPair(t *testing.T) (*net.TCPConn, int) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	c, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	raw, err := s.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	fd := -1
+	raw.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c.(*net.TCPConn), fd
+}
+
+// newPairing joins two loopback connections.
+func newPairing(t *testing.T) *pairing {
+	t.Helper()
+	l, err := loop.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Start()
+	tab := table.New()
+	f := New(Config{Guest: nil, Table: tab, Policy: NewPolicy(PolicyConfig{})})
+	s := f.NewSockets(l)
+	t.Cleanup(func() {
+		s.Close()
+		l.Close()
+		f.Close()
+		if n := tab.Len(); n != 0 {
+			t.Errorf("%d flows are left in the table", n)
+		}
+		if n := s.pipes.made; n != 0 {
+			t.Errorf("%d pipes are left", n)
+		}
+	})
+	j := &pairing{t: t, sockets: s, loop: l}
+	j.flow = &flow.Flow{Tuple: flow.Tuple{Proto: flow.TCP, Guest: netip.MustParseAddrPort("192.0.2.1:1")}, Path: flow.Kernel}
+	if !f.open(j.flow) {
+		t.Fatal("no room for a flow")
+	}
+	var guest, host int
+	j.guest, guest = loopbackPair(t)
+	j.host, host = loopbackPair(t)
+	l.Do(func() { s.Join(guest, flow.Verdict{Host: &heldHost{fd: host}, Flow: j.flow}) })
+	deadline := time.Now().Add(20 * time.Second)
+	j.guest.SetDeadline(deadline)
+	j.host.SetDeadline(deadline)
+	return j
+}
+
+// waitClosed waits until the pair is over.
+func (j *pairing) waitClosed() {
+	j.t.Helper()
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		n := -1
+		j.loop.Do(func() { n = len(j.sockets.pairs) })
+		if n == 0 {
+			return
+		}
+	}
+	j.t.Fatal("the pair is not over")
+}
+
+func TestPairCarriesBothWays(t *testing.T) {
+	for _, size := range []int{1, 1000, smallRead - 1, smallRead, smallRead + 1, 2 * smallRead, 5<<20 + 3} {
+		j := newPairing(t)
+		up, down := make([]byte, size), make([]byte, size)
+		rand.Read(up)
+		rand.Read(down)
+		var wg sync.WaitGroup
+		send := func(c *net.TCPConn, b []byte) {
+			if _, err := c.Write(b); err != nil {
+				t.Errorf("%d bytes: write: %v", size, err)
+			}
+			c.CloseWrite()
+		}
+		check := func(c *net.TCPConn, want []byte) {
+			got, err := io.ReadAll(c)
+			if err != nil || !bytes.Equal(got, want) {
+				t.Errorf("%d bytes: read %d, equal %v, error %v", size, len(got), bytes.Equal(got, want), err)
+			}
+		}
+		wg.Go(func() { send(j.guest, up) })
+		wg.Go(func() { send(j.host, down) })
+		wg.Go(func() { check(j.host, up) })
+		wg.Go(func() { check(j.guest, down) })
+		wg.Wait()
+		j.waitClosed()
+		if a, b := j.flow.ToHost.Bytes.Load(), j.flow.ToGuest.Bytes.Load(); a != uint64(size) || b != uint64(size) {
+			t.Errorf("counted %d and %d bytes instead of %d", a, b, size)
+		}
+	}
+}
+
+func TestPairHalfClose(t *testing.T) {
+	j := newPairing(t)
+	j.guest.CloseWrite()
+	if n, err := j.host.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+		t.Fatalf("host side read %d, %v instead of end of file", n, err)
+	}
+	if _, err := j.host.Write([]byte("late")); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 10)
+	if n, err := j.guest.Read(b); string(b[:n]) != "late" || err != nil {
+		t.Fatalf("guest side read %q, %v", b[:n], err)
+	}
+	if s := j.flow.State(); s != flow.HalfOpen {
+		t.Errorf("state is %v instead of half-open", s)
+	}
+	j.host.Close()
+	if _, err := j.guest.Read(b); err != io.EOF {
+		t.Fatalf("guest side read %v instead of end of file", err)
+	}
+	j.waitClosed()
+}
+
+func TestPairPassesReset(t *testing.T) {
+	for _, side := range []string{"guest", "host"} {
+		j := newPairing(t)
+		from, to := j.guest, j.host
+		if side == "host" {
+			from, to = j.host, j.guest
+		}
+		from.SetLinger(0)
+		from.Close()
+		if _, err := to.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("reset by %s: the other side read %v", side, err)
+		}
+		j.waitClosed()
+	}
+}
+
+// fill writes to c until it blocks.
+func fill(t *testing.T, c *net.TCPConn) (n int) {
+	t.Helper()
+	b := make([]byte, 1<<20)
+	for {
+		c.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+		m, err := c.Write(b)
+		n += m
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return n
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestPairNoticesResetWhileBlocked(t *testing.T) {
+	j := newPairing(t)
+	fill(t, j.guest)
+	fill(t, j.host)
+	j.host.SetLinger(0)
+	j.host.Close()
+	j.waitClosed()
+	j.guest.SetReadDeadline(time.Now().Add(5 * time.Second))
+	for {
+		if _, err := j.guest.Read(make([]byte, 1<<20)); err != nil {
+			if !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("guest side read %v instead of a reset", err)
+			}
+			return
+		}
+	}
+}
+
+func TestPairHoldsBack(t *testing.T) {
+	j := newPairing(t)
+	sent := fill(t, j.guest)
+	var left, pipes int
+	j.loop.Do(func() {
+		for p := range j.sockets.pairs {
+			for i := range p.legs {
+				if p.legs[i].left != nil {
+					left++
+				}
+			}
+		}
+		pipes = j.sockets.pipes.made
+	})
+	if left > 1 || pipes > 1 {
+		t.Errorf("a blocked flow holds %d buffers and %d pipes", left, pipes)
+	}
+	j.guest.CloseWrite()
+	n, err := io.Copy(io.Discard, j.host)
+	if err != nil || int(n) != sent {
+		t.Errorf("%d of %d bytes arrived: %v", n, sent, err)
+	}
+}
+
+func TestSocketsCloseResets(t *testing.T) {
+	j := newPairing(t)
+	j.sockets.Close()
+	for _, c := range []*net.TCPConn{j.guest, j.host} {
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("read %v instead of a reset", err)
+		}
+	}
+}
