@@ -96,24 +96,22 @@ func (k *kernelPath) open(s *services, e *engine) error {
 			return fmt.Errorf("open listener of the kernel path: %w", err)
 		}
 	}
-	var err error
-	k.path, err = kernel.New(kernel.Config{
+	k.path = kernel.New(kernel.Config{
 		Link: k.link, Loop: k.loop, Relay: k.sockets, Log: e.log,
 		Listener4: fds[0], Listener6: fds[1],
 	})
-	if err != nil {
-		return err
-	}
 	s.onStop(k.path.Close)
 	s.onStop(k.sockets.Close)
 	return nil
 }
 
-// unpolled returns a descriptor of f's that Go's poller does not know; -1 for nil.
+// unpolled closes f and returns another descriptor of the same socket, which Go's poller
+// does not know: it would be woken for nothing. It returns -1 for nil.
 func unpolled(f *os.File) (fd int, err error) {
 	if f == nil {
 		return -1, nil
 	}
+	defer f.Close()
 	raw, err := f.SyscallConn()
 	if err != nil {
 		return -1, err

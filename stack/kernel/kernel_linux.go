@@ -1,8 +1,6 @@
 package kernel
 
 import (
-	"errors"
-	"fmt"
 	"log/slog"
 	"net/netip"
 	"sync/atomic"
@@ -28,7 +26,7 @@ import (
 //
 // The write runs the guest's receive path to its end: when it returns, the SYN-ACK has
 // been sent and usually answered, and accept(2) finds the connection at once. Where it
-// does not, the listener is watched. If nothing was accepted after answerTime the guest
+// does not, the listener is watched meanwhile. If nothing was accepted after answerTime the guest
 // never will complete the handshake: its own rules drop the SYN on INPUT or the SYN-ACK
 // on OUTPUT, which a router's packets would not pass; or it forged its address. The
 // caller then answers by other means.
@@ -87,7 +85,7 @@ type Stats struct {
 type listener struct {
 	path *Path
 	fd   int
-	ref  loop.Ref
+	ref  loop.Ref // while something is waited for
 }
 
 // answer is a SYN that was written back.
@@ -97,34 +95,16 @@ type answer struct {
 	timer *time.Timer
 }
 
-// New makes a Path and watches its listeners. It is called before anything is
-// answered, not on the loop's thread. On error the listeners stay the caller's.
-func New(cfg Config) (*Path, error) {
+// New makes a Path.
+func New(cfg Config) *Path {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	p := &Path{cfg: cfg, log: cfg.Log.With(slog.String("component", "kernel")), waiting: make(map[flow.Tuple]*answer)}
-	err := loop.ErrClosed
-	cfg.Loop.Do(func() { err = p.watch(cfg.Listener4, cfg.Listener6) })
-	if err != nil {
-		return nil, fmt.Errorf("watch listeners of the kernel path: %w", err)
+	for i, fd := range []int{cfg.Listener4, cfg.Listener6} {
+		p.listeners[i] = listener{path: p, fd: fd}
 	}
-	return p, nil
-}
-
-func (p *Path) watch(fds ...int) error {
-	for i, fd := range fds {
-		l := &p.listeners[i]
-		*l = listener{path: p, fd: fd}
-		if fd < 0 {
-			continue
-		}
-		var err error
-		if l.ref, err = p.cfg.Loop.Add(fd, loop.Readable, l); err != nil {
-			return err
-		}
-	}
-	return nil
+	return p
 }
 
 // Close closes the listeners and fails what still waits for its handshake.
@@ -132,7 +112,7 @@ func (p *Path) Close() {
 	p.cfg.Loop.Do(func() {
 		for i := range p.listeners {
 			if l := &p.listeners[i]; l.fd >= 0 {
-				p.cfg.Loop.Forget(l.ref)
+				l.watch(false)
 				unix.Close(l.fd)
 				l.fd = -1
 			}
@@ -177,8 +157,10 @@ func (p *Path) Answer(t flow.Tuple, syn []byte, h link.Header, v flow.Verdict, t
 		p.done(t, a, false)
 		return
 	}
-	l.Ready(loop.Readable)
+	for p.waiting[t] == a && l.accept() {
+	}
 	if p.waiting[t] == a {
+		l.watch(true)
 		a.timer = time.AfterFunc(answerTime, func() {
 			p.cfg.Loop.Post(func() {
 				if p.waiting[t] == a {
@@ -195,6 +177,11 @@ func (p *Path) done(t flow.Tuple, a *answer, ok bool) {
 	if a.timer != nil {
 		a.timer.Stop()
 	}
+	if len(p.waiting) == 0 {
+		for i := range p.listeners {
+			p.listeners[i].watch(false)
+		}
+	}
 	if ok {
 		p.stats.answered.Add(1)
 	} else {
@@ -203,32 +190,49 @@ func (p *Path) done(t flow.Tuple, a *answer, ok bool) {
 	a.then(ok)
 }
 
-// Ready implements loop.Handler: it accepts what there is.
+// Ready implements loop.Handler: something came late, or from nobody knows where.
 func (l *listener) Ready(uint32) (again bool) {
-	for {
-		fd, sa, err := unix.Accept4(l.fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
-		switch {
-		case err == nil:
-			l.path.accepted(fd, addrPortOf(sa))
-		case errors.Is(err, unix.ECONNABORTED), errors.Is(err, unix.EINTR):
-		case errors.Is(err, unix.EAGAIN):
-			return false
-		default:
-			// Without descriptors the connection stays in the queue until another
-			// SYN is answered, and what waits for it gives up.
-			l.path.stats.acceptErrors.Add(1)
-			return false
+	for l.accept() {
+	}
+	return false
+}
+
+// accept accepts one connection, and reports whether there may be another.
+func (l *listener) accept() bool {
+	fd, guest, errno := accept(l.fd)
+	switch errno {
+	case 0:
+		l.path.accepted(fd, guest)
+	case unix.ECONNABORTED, unix.EINTR:
+	case unix.EAGAIN:
+		return false
+	default:
+		// Without descriptors the connection stays in the queue until another
+		// SYN is answered, and what waits for it gives up.
+		l.path.stats.acceptErrors.Add(1)
+		return false
+	}
+	return true
+}
+
+// watch has late connections told, as long as somebody waits for one. On end, what is
+// still in the queue is nobody's and waits for the next accept.
+func (l *listener) watch(on bool) {
+	switch {
+	case on && l.ref == loop.Ref{}:
+		var err error
+		if l.ref, err = l.path.cfg.Loop.Add(l.fd, loop.Readable, l); err != nil {
+			l.path.log.Warn("late answers of the guest's kernel are missed", slog.Any("err", err))
 		}
+	case !on && l.ref != loop.Ref{}:
+		l.path.cfg.Loop.Remove(l.fd, l.ref)
+		l.ref = loop.Ref{}
 	}
 }
 
 // accepted finds out which SYN fd answers.
 func (p *Path) accepted(fd int, guest netip.AddrPort) {
-	sa, err := unix.Getsockname(fd)
-	t := flow.Tuple{Proto: flow.TCP, Guest: guest}
-	if err == nil {
-		t.Target = addrPortOf(sa)
-	}
+	t := flow.Tuple{Proto: flow.TCP, Guest: guest, Target: localAddr(fd)}
 	a := p.waiting[t]
 	if a == nil || a.v.Host == nil {
 		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
@@ -242,14 +246,4 @@ func (p *Path) accepted(fd int, guest netip.AddrPort) {
 		p.cfg.Relay.Join(fd, a.v)
 	}
 	p.done(t, a, true)
-}
-
-func addrPortOf(sa unix.Sockaddr) netip.AddrPort {
-	switch sa := sa.(type) {
-	case *unix.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
-	case *unix.SockaddrInet6:
-		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr), uint16(sa.Port))
-	}
-	return netip.AddrPort{}
 }
