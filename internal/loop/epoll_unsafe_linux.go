@@ -15,3 +15,12 @@ func epollAdd(epoll, fd int, ev *unix.EpollEvent) error {
 	}
 	return nil
 }
+
+// epollNow is epoll_wait(2) without waiting.
+func epollNow(epoll int, events []unix.EpollEvent) (int, error) {
+	n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(epoll), uintptr(unsafe.Pointer(unsafe.SliceData(events))), uintptr(len(events)), 0, 0, 0)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), nil
+}

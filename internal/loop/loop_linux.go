@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"runtime"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -21,6 +22,13 @@ import (
 // never changed, and a handler has to go on until the kernel says EAGAIN, or ask to
 // be called again. That is how a busy descriptor lets the others have their turn: its
 // handler stops after a budget of its own and returns true.
+//
+// A thread that sleeps is woken by an interrupt, and its processor first has to leave a
+// sleep of its own: 5 to 25 us, most of a round trip between two processes. So while
+// waits have lately been short, shorter than spinMost, the thread asks for that long
+// before it goes to sleep (the halt polling of hypervisors does the same). It does not
+// after a bulk transfer, or with many descriptors busy, whose ends need the processor
+// more.
 //
 // An event carries the number of a slot and the slot's generation. A handler that
 // removes another descriptor may do so while an event for it waits in the same batch;
@@ -59,6 +67,18 @@ type slot struct {
 	again bool   // in Loop.again
 }
 
+const (
+	// spinMost is how long to ask before sleeping: twice a round trip between two
+	// processes on one machine. Measured on 2 cores: a TCP round trip of 64 bytes took
+	// 1.89 of native without, 1.60 with 25 us and 1.17 with 50 us.
+	spinMost = 50 * time.Microsecond
+	// spinBatch is how many events at once tell that there is enough to do for all
+	// processors: to ask would take one from those who have the next event to make.
+	spinBatch = 4
+	// spinForget bounds one long wait's weight: after 8 short ones it is forgotten.
+	spinForget = 2 * spinMost
+)
+
 // batch is how many events one epoll_wait(2) brings at most.
 const batch = 128
 
@@ -74,6 +94,8 @@ type Loop struct {
 	again  []Ref
 	events [batch]unix.EpollEvent
 	quit   bool
+	calm   bool          // do not look again and again before the next wait
+	usual  time.Duration // how long a wait took lately
 
 	mu     sync.Mutex // guards the fields below
 	posted []func()
@@ -252,16 +274,9 @@ func (l *Loop) run() {
 	defer runtime.UnlockOSThread()
 	var again []Ref
 	for !l.quit {
-		wait := -1
-		if len(l.again) > 0 {
-			wait = 0
-		}
-		n, err := unix.EpollWait(l.epoll, l.events[:], wait)
-		if err != nil && err != unix.EINTR {
-			panic(fmt.Sprintf("loop: epoll_wait: %v", err)) // EBADF, EFAULT, EINVAL: ours
-		}
+		n := l.wait()
 		again, l.again = l.again, again[:0]
-		for i := range max(n, 0) {
+		for i := range n {
 			ev := &l.events[i]
 			l.call(Ref{uint32(ev.Fd), uint32(ev.Pad)}, ev.Events)
 		}
@@ -273,6 +288,44 @@ func (l *Loop) run() {
 		}
 	}
 }
+
+// wait waits for events and returns how many there are.
+func (l *Loop) wait() int {
+	if len(l.again) > 0 {
+		l.calm = false
+		return l.poll(0)
+	}
+	begin := time.Now()
+	n := 0
+	for l.usual < spinMost && !l.calm && n == 0 && time.Since(begin) < spinMost {
+		n = l.poll(0)
+	}
+	if n == 0 {
+		n = l.poll(-1)
+	}
+	l.calm = n > spinBatch
+	l.usual += (min(time.Since(begin), spinForget) - l.usual) / 8
+	return n
+}
+
+// poll is one epoll_wait(2).
+func (l *Loop) poll(milliseconds int) int {
+	var n int
+	var err error
+	if milliseconds == 0 {
+		n, err = epollNow(l.epoll, l.events[:])
+	} else {
+		n, err = unix.EpollWait(l.epoll, l.events[:], milliseconds)
+	}
+	if err != nil && err != unix.EINTR {
+		panic(fmt.Sprintf("loop: epoll_wait: %v", err)) // EBADF, EFAULT, EINVAL: ours
+	}
+	return max(n, 0)
+}
+
+// Calm tells that what a handler did needs no haste afterwards: it moved so much that
+// the wake-up is a small part of it, and those it moved it for need the processor.
+func (l *Loop) Calm() { l.calm = true }
 
 // call runs one handler.
 func (l *Loop) call(r Ref, events uint32) {
