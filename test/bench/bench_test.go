@@ -36,12 +36,14 @@ func TestHarness(t *testing.T) {
 	if os.Geteuid() != 0 {
 		missing(t, errors.New("the harness needs root"))
 	}
-	if _, err := exec.LookPath("ip"); err != nil {
-		missing(t, err)
+	for _, program := range []string{"ip", "nft"} {
+		if _, err := exec.LookPath(program); err != nil {
+			missing(t, err)
+		}
 	}
 	page := filepath.Join(t.TempDir(), "page.md")
-	cmd := exec.Command(os.Args[0], "-quick", "-repeat", "1", "-time", "100ms", "-drivers", "native,routed",
-		"-rows", "crr,rr,udp,start,idle", "-out", page)
+	cmd := exec.Command(os.Args[0], "-quick", "-repeat", "1", "-time", "100ms", "-drivers", "native,native-bridge,routed",
+		"-rows", "crr,crr6,rr,udp,start,idle,idle+active", "-out", page)
 	cmd.Env = append(os.Environ(), "SLIPBENCH_TEST=1")
 	out, err := cmd.CombinedOutput()
 	if err != nil {
@@ -51,7 +53,7 @@ func TestHarness(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if strings.Contains(string(text), "not measured") || strings.Count(string(text), "\n| ") < 8 {
+	if strings.Contains(string(text), "not measured") || strings.Count(string(text), "\n| ") < 30 {
 		t.Errorf("incomplete page:\n%s\n%s", text, out)
 	}
 }
@@ -105,8 +107,26 @@ func proven() proof {
 		guest:  &guest{source: hostAddr, viaHost: true},
 		report: guestReport{NetNS: 2, Congestion: congestion, Values: map[string]float64{"n": 10}, Devices: map[string]device{"tun": {TxBytes: 1000}}},
 		world:  map[string]device{"host0": {RxBytes: 1000}},
-		seen:   worldReport{Peers: []string{hostAddr.String(), hostAddr.String()}},
+		seen:   worldReport{Peers: []string{hostAddr.String(), hostAddr.String()}, Bytes: 640},
 	}
+}
+
+// onPath is a proven sample of ten connections on a path of slipway's.
+func onPath(p *proof, way path, packets uint64) {
+	p.guest.path = way
+	p.report.Values["conns"] = 10
+	p.report.Devices = map[string]device{slipwayDevice: {TxBytes: 1000, TxPackets: packets, RxPackets: packets}}
+}
+
+// inContainer turns a sample into a bridged one.
+func inContainer(p *proof) {
+	p.guest.bridged = true
+	p.report.OutsideCongestion = congestion
+	p.report.OutsideDevices = map[string]device{"docker0": {RxBytes: 1000}, "veth0": {RxBytes: 1000}}
+	for name, dev := range p.report.Devices {
+		p.report.OutsideDevices[name] = dev
+	}
+	p.report.Devices = map[string]device{"eth0": {TxBytes: 1000}}
 }
 
 func TestProofRejects(t *testing.T) {
@@ -125,6 +145,22 @@ func TestProofRejects(t *testing.T) {
 		{"second_device", func(p *proof) { p.report.Devices["eth0"] = device{} }, "2 devices"},
 		{"quiet_device", func(p *proof) { p.report.Devices["tun"] = device{TxBytes: 639} }, "639 of 640"},
 		{"quiet_world", func(p *proof) { p.world["host0"] = device{} }, "0 of 640"},
+		{"silent_world", func(p *proof) { p.seen.Bytes = 639 }, "world read 639"},
+		{"kernel", func(p *proof) { onPath(p, pathKernel, 10) }, ""},
+		{"kernel_fell_back", func(p *proof) { onPath(p, pathKernel, 60) }, "not all took the kernel path"},
+		{"kernel_went_elsewhere", func(p *proof) { onPath(p, pathKernel, 5) }, "not all are slipway's"},
+		{"kernel_by_other_device", func(p *proof) { p.guest.path = pathKernel }, "tun instead of slipway0"},
+		{"netstack", func(p *proof) { onPath(p, pathNetstack, 60) }, ""},
+		{"netstack_took_kernel_path", func(p *proof) {
+			onPath(p, pathNetstack, 10)
+			p.report.Devices[slipwayDevice] = device{TxBytes: 600}
+		}, "slipway0 counted 600 of 640"},
+		{"udp_beside_kernel", func(p *proof) { onPath(p, pathKernel, 60); p.row.udp = true }, ""},
+		{"container", func(p *proof) { onPath(p, pathKernel, 10); inContainer(p) }, ""},
+		{"container_fell_back", func(p *proof) { onPath(p, pathKernel, 60); inContainer(p) }, "not all took the kernel path"},
+		{"container_without_cubic_around", func(p *proof) { inContainer(p); p.report.OutsideCongestion = "bbr" }, "bbr around"},
+		{"container_past_the_bridge", func(p *proof) { inContainer(p); p.report.OutsideDevices["docker0"] = device{} }, "docker0 counted 0"},
+		{"container_without_bridge", func(p *proof) { inContainer(p); delete(p.report.OutsideDevices, "docker0") }, "no bridge"},
 		{"other_way_round_world", func(p *proof) { p.guest.viaHost = false }, "guest0 counted 0"},
 	}
 	for _, tt := range tests {
@@ -173,15 +209,38 @@ func TestNames(t *testing.T) {
 	}
 }
 
+func TestTimeWaitIn(t *testing.T) {
+	n, err := timeWaitIn("sockets: used 3\nTCP: inuse 1 orphan 0 tw 27 alloc 2 mem 0\nUDP: inuse 0 mem 0\n")
+	if n != 27 || err != nil {
+		t.Errorf("timeWaitIn = %v, %v, want 27", n, err)
+	}
+	if _, err := timeWaitIn("sockets: used 3\n"); err == nil {
+		t.Error("a file without the count gives one")
+	}
+}
+
+// TestKernelRun keeps -kernel from leaving out what a goal needs.
+func TestKernelRun(t *testing.T) {
+	opt, err := parse([]string{"-kernel"})
+	if err != nil || opt.out != "" {
+		t.Fatalf("parse(-kernel) = %+v, %v, want one that writes no page", opt, err)
+	}
+	for _, g := range append(kernelGoals("slipway-kernel"), kernelGoals("slipway-kernel-bridge")...) {
+		if !slices.Contains(opt.rows, g.row) || !slices.Contains(opt.drivers, g.driver) {
+			t.Errorf("goal %s of %s is not measured", g.row, g.driver)
+		}
+	}
+}
+
 // TestGoalsNameWhatExists keeps the goals from silently never being judged.
 func TestGoalsNameWhatExists(t *testing.T) {
-	for _, g := range goals {
+	for _, g := range goals() {
 		i := slices.IndexFunc(rows(false), func(w row) bool { return w.name == g.row })
 		if i < 0 || !slices.ContainsFunc(rows(false)[i].metrics, func(m metric) bool { return m.key == g.key }) {
 			t.Errorf("goal %s/%s: no such row or metric", g.row, g.key)
 		}
 		for _, d := range []string{g.driver, g.against} {
-			if d != "" && !slices.Contains(driverNames(), d) {
+			if d != "" && d != bestPeer && !slices.Contains(driverNames(), d) {
 				t.Errorf("goal %s/%s: no driver %s", g.row, g.key, d)
 			}
 		}
@@ -212,12 +271,12 @@ func TestSpliceKeepsProse(t *testing.T) {
 
 // TestSockaddr checks the byte order that the raw calls rely on.
 func TestSockaddr(t *testing.T) {
-	fd, err := rawSocket(unix.SOCK_DGRAM)
+	sa := sockaddrOf(netip.MustParseAddrPort("127.0.0.1:20001"))
+	fd, err := rawSocket(&sa, unix.SOCK_DGRAM)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer rawClose(fd)
-	sa := sockaddr4(netip.MustParseAddrPort("127.0.0.1:20001"))
 	if err := rawConnect(fd, &sa); err != nil {
 		t.Fatal(err)
 	}

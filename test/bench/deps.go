@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 )
 
 // rootlesskitModule is the peer that embeds gvisor-tap-vsock; it is built outside
@@ -26,6 +27,7 @@ var packages = map[string]string{
 	"slirp4netns": "slirp4netns",
 	"pasta":       "passt",
 	"newuidmap":   "uidmap",
+	"nft":         "nftables",
 }
 
 // installPackages installs what is missing where apt-get exists. What it cannot
@@ -81,13 +83,13 @@ func prepareBinaries(ctx context.Context, opt options, dir string) error {
 	if err := copyFile(self, filepath.Join(dir, "bench")); err != nil {
 		return err
 	}
-	uses := func(names ...string) bool {
-		return slices.ContainsFunc(opt.drivers, func(d string) bool { return slices.Contains(names, d) })
+	uses := func(family string) bool {
+		return slices.ContainsFunc(opt.drivers, func(d string) bool { return strings.HasPrefix(d, family) })
 	}
-	if uses("slipway", "slipway-rootless") {
+	if uses("slipway") {
 		note(dir, "slipway", provideSlipway(ctx, opt.slipway, filepath.Join(dir, "slipway")))
 	}
-	if uses("rootlesskit-gvisor", "rootlesskit-slirp4netns") {
+	if uses("rootlesskit") {
 		note(dir, "rootlesskit", provideRootlesskit(ctx, filepath.Join(dir, "rootlesskit")))
 	}
 	return nil

@@ -19,6 +19,9 @@ type driver struct {
 	name string
 	what string   // for the legend under the table
 	rows []string // the rows it takes part in; nil is all that need no starts
+	peer bool     // it is of others and does what slipway does
+	// bridged has the load run in a container of the guest; see bridgeMain.
+	bridged bool
 	// check returns why the driver cannot be measured here, or nil.
 	check func(dir string) error
 	// join gives the guest its network in a fresh topology. It registers what must
@@ -32,7 +35,10 @@ type driver struct {
 // guest is where load runs: what a driver's join fills in.
 type guest struct {
 	source  netip.Addr // the only address that world may see
+	source6 netip.Addr // in the rows with IPv6
 	viaHost bool       // packets must show on the veth between host and world
+	bridged bool       // the load runs in a container of the guest
+	path    path       // of slipway's; "" under other drivers
 	// run returns the command, not yet started, that runs args in the guest when
 	// it is started in network namespace ns.
 	run  func(args []string) *exec.Cmd
@@ -40,6 +46,15 @@ type guest struct {
 	pid  int // the driver's daemon; 0 when it is the process of run, or there is none
 	undo []func()
 }
+
+// path is the way that TCP must take through slipway.
+type path string
+
+const (
+	pathAny      path = "auto" // whatever slipway chooses
+	pathKernel   path = "kernel"
+	pathNetstack path = "netstack"
+)
 
 // leave undoes join.
 func (g *guest) leave() {
@@ -51,16 +66,23 @@ func (g *guest) leave() {
 // drivers returns all drivers in the order of the table.
 func drivers() []driver {
 	bulkOnly, startOnly := []string{"bulk-up", "bulk-down"}, []string{"start"}
+	autoRows := []string{"start", "idle"}
+	sw := needBinary("slipway")
 	return []driver{
 		{name: "native", what: "guest and world joined by one veth, nothing between", join: joinNative, start: startNative},
+		{name: "native-bridge", what: "the same from a container on a bridge in the guest, with forwarding and MASQUERADE as dockerd sets them up", bridged: true, check: needProgram("nft"), join: joinNative},
 		{name: "routed", what: "guest - host - world by two veths, the host's kernel forwards", join: joinRouted},
-		{name: "slipway", what: "`slipway run`, as root", check: needBinary("slipway"), join: wrapSlipway(nil), start: startSlipway(nil)},
-		{name: "slipway-rootless", what: "`slipway run`, as an ordinary user", rows: startOnly, check: needBinary("slipway", "newuidmap"), join: wrapSlipway(user()), start: startSlipway(user())},
-		{name: "slirp4netns", what: "MTU 1500, no host loopback", check: needProgram("slirp4netns"), join: joinSlirp},
-		{name: "pasta", what: "MTU 1500", check: needProgram("pasta"), join: joinPasta(1500), start: startPasta},
-		{name: "pasta-65520", what: "pasta at its own MTU", rows: bulkOnly, check: needProgram("pasta"), join: joinPasta(65520)},
-		{name: "rootlesskit-gvisor", what: "rootlesskit with its embedded gvisor-tap-vsock, MTU 1500, as an ordinary user", check: needBinary("rootlesskit", "newuidmap"), join: wrapRootlesskit("gvisor-tap-vsock"), start: startRootlesskit("gvisor-tap-vsock")},
-		{name: "rootlesskit-slirp4netns", what: "rootlesskit with slirp4netns, as an ordinary user", rows: startOnly, check: needBinary("rootlesskit", "newuidmap", "slirp4netns"), join: wrapRootlesskit("slirp4netns"), start: startRootlesskit("slirp4netns")},
+		{name: "slipway", what: "`slipway run`, as root: the path is its own choice", rows: autoRows, check: sw, join: wrapSlipway(nil, pathAny), start: startSlipway(nil)},
+		{name: "slipway-kernel", what: "`slipway run --path kernel`, as root; UDP takes netstack", check: sw, join: wrapSlipway(nil, pathKernel)},
+		{name: "slipway-kernel-bridge", what: "the same from a container, as in native-bridge", bridged: true, check: needBinary("slipway", "nft"), join: wrapSlipway(nil, pathKernel)},
+		{name: "slipway-netstack", what: "`slipway run --path netstack`, as root", check: sw, join: wrapSlipway(nil, pathNetstack)},
+		{name: "slipway-netstack-bridge", what: "the same from a container, as in native-bridge", bridged: true, check: needBinary("slipway", "nft"), join: wrapSlipway(nil, pathNetstack)},
+		{name: "slipway-rootless", what: "`slipway run`, as an ordinary user", rows: startOnly, check: needBinary("slipway", "newuidmap"), join: wrapSlipway(user(), pathAny), start: startSlipway(user())},
+		{name: "slirp4netns", what: "MTU 1500, no host loopback", peer: true, check: needProgram("slirp4netns"), join: joinSlirp},
+		{name: "pasta", what: "MTU 1500", peer: true, check: needProgram("pasta"), join: joinPasta(1500), start: startPasta},
+		{name: "pasta-65520", what: "pasta at its own MTU", peer: true, rows: bulkOnly, check: needProgram("pasta"), join: joinPasta(65520)},
+		{name: "rootlesskit-gvisor", what: "rootlesskit with its embedded gvisor-tap-vsock, MTU 1500, as an ordinary user", peer: true, check: needBinary("rootlesskit", "newuidmap"), join: wrapRootlesskit("gvisor-tap-vsock"), start: startRootlesskit("gvisor-tap-vsock")},
+		{name: "rootlesskit-slirp4netns", what: "rootlesskit with slirp4netns, as an ordinary user", peer: true, rows: startOnly, check: needBinary("rootlesskit", "newuidmap", "slirp4netns"), join: wrapRootlesskit("slirp4netns"), start: startRootlesskit("slirp4netns")},
 	}
 }
 
@@ -119,11 +141,15 @@ func (g *guest) daemon(dir string, cmd *exec.Cmd) error {
 }
 
 func joinNative(_ context.Context, t *topology, g *guest) error {
-	g.source, g.run, g.ns = guestAddr, plain, nsGuest
+	g.source, g.source6, g.run, g.ns = guestAddr, guestAddr6, plain, nsGuest
 	return firstError(t.addGuest, func() error {
 		return ipBatch(nsWorld, "link add guest0 mtu 1500 type veth peer name eth0 mtu 1500 netns guest",
 			"addr add 203.0.113.1/24 dev guest0", "link set guest0 up")
-	}, addressGuest)
+	}, addressGuest,
+		func() error { return t.ipBatch6(nsWorld, "addr add 2001:db8:113::1/64 dev guest0 nodad") },
+		func() error {
+			return t.ipBatch6(nsGuest, "addr add 2001:db8:113::3/64 dev eth0 nodad", "route add default via 2001:db8:113::1")
+		})
 }
 
 func joinRouted(_ context.Context, t *topology, g *guest) error {
@@ -144,11 +170,11 @@ func addressGuest() error {
 func startNative(string) *exec.Cmd { return exec.Command("unshare", "--net", "--mount", "true") }
 
 // wrapSlipway runs the load as the command of `slipway run`.
-func wrapSlipway(cred *syscall.Credential) func(context.Context, *topology, *guest) error {
+func wrapSlipway(cred *syscall.Credential, way path) func(context.Context, *topology, *guest) error {
 	return func(_ context.Context, t *topology, g *guest) error {
-		g.source, g.ns, g.viaHost = hostAddr, nsHost, true
+		g.source, g.source6, g.ns, g.viaHost, g.path = hostAddr, hostAddr6, nsHost, true, way
 		g.run = func(args []string) *exec.Cmd {
-			return as(cred, t.dir, exec.Command(filepath.Join(t.dir, "slipway"), append([]string{"run", "--"}, args...)...))
+			return as(cred, t.dir, exec.Command(filepath.Join(t.dir, "slipway"), append([]string{"run", "--path", string(way), "--"}, args...)...))
 		}
 		return nil
 	}
@@ -189,7 +215,7 @@ func joinSlirp(_ context.Context, t *topology, g *guest) error {
 // the gateway's address alone. The load tool waits until it is ready.
 func joinPasta(mtu int) func(context.Context, *topology, *guest) error {
 	return func(_ context.Context, t *topology, g *guest) error {
-		g.source, g.run, g.ns, g.viaHost = hostAddr, plain, nsGuest, true
+		g.source, g.source6, g.run, g.ns, g.viaHost = hostAddr, hostAddr6, plain, nsGuest, true
 		if err := t.addGuest(); err != nil {
 			return err
 		}

@@ -30,6 +30,10 @@ type order struct {
 	IPerf   []string   // the iperf3 command of the bulk load
 	Want    string     // congestion control that the guest must use
 	Port    uint16     // the server's first port
+
+	// Outside is what only the namespace around a container can tell; bridgeMain
+	// fills it in.
+	Outside *outside `json:",omitempty"`
 }
 
 // guestReport is the load tool's answer: the last line on its stdout.
@@ -40,6 +44,10 @@ type guestReport struct {
 	NetNS      uint64             // inode of the network namespace
 	Congestion string             // default congestion control in it
 	Devices    map[string]device  // all but lo, counters of the load alone
+
+	// The same of the namespace with the bridge, where the load runs in a container.
+	OutsideDevices    map[string]device `json:",omitempty"`
+	OutsideCongestion string            `json:",omitempty"`
 }
 
 // device holds how far the counters of a network device moved.
@@ -50,13 +58,15 @@ type loadFunc func(order) (map[string]float64, int, error)
 
 // loads are the kinds of work that the guest knows.
 var loads = map[string]loadFunc{
-	"bulk":  bulk,
-	"crr":   crr,
-	"crr32": crrParallel,
-	"rr":    roundTrips,
-	"udprr": udpRoundTrips,
-	"udp16": udpWindow,
-	"idle":  idleFlows,
+	"bulk":   bulk,
+	"crr":    crr,
+	"crr32":  crrParallel,
+	"crrrst": crrReset,
+	"rr":     roundTrips,
+	"udprr":  udpRoundTrips,
+	"udp16":  udpWindow,
+	"idle":   idleFlows,
+	"active": idleAndActive,
 }
 
 // guestMain runs one order inside the guest.
@@ -90,19 +100,23 @@ func obey(o order) (guestReport, error) {
 	if err := waitReady(netip.AddrPortFrom(o.Target, o.Port)); err != nil {
 		return r, err
 	}
-	// Where this is forbidden the report shows it, and the harness refuses the sample.
-	_ = os.WriteFile("/proc/sys/net/ipv4/tcp_congestion_control", []byte(o.Want), 0)
-	cc, err := os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control")
-	if err != nil {
+	var err error
+	if r.Congestion, err = setCongestion(o.Want); err != nil {
 		return r, err
 	}
-	r.Congestion = strings.TrimSpace(string(cc))
 	if r.NetNS, err = inode("/proc/thread-self/ns/net"); err != nil {
 		return r, err
 	}
 	before, err := readDevices()
 	if err != nil {
 		return r, err
+	}
+	var outer map[string]device
+	if o.Outside != nil {
+		r.OutsideCongestion = o.Outside.Congestion
+		if outer, err = devicesIn(o.Outside.DeviceFile); err != nil {
+			return r, err
+		}
 	}
 	load := loads[o.Load]
 	if load == nil {
@@ -112,16 +126,31 @@ func obey(o order) (guestReport, error) {
 	r.Values, r.Errors = values, failed
 	after, derr := readDevices()
 	r.Devices = moved(before, after)
+	if o.Outside != nil && derr == nil {
+		after, derr = devicesIn(o.Outside.DeviceFile)
+		r.OutsideDevices = moved(outer, after)
+	}
 	return r, errors.Join(err, derr)
 }
 
-// waitReady waits until the server answers over TCP and over UDP: some drivers
-// configure the guest after its first process has started. It also makes every
-// part of the way warm.
+// setCongestion sets the congestion control of this network namespace, which a new
+// one has from the machine's first, and returns the one in force: where choosing is
+// forbidden the report shows it, and the harness refuses the sample. It is what
+// connections accepted from now on use too, whenever their listener was made.
+func setCongestion(want string) (string, error) {
+	const file = "/proc/sys/net/ipv4/tcp_congestion_control"
+	_ = os.WriteFile(file, []byte(want), 0)
+	cc, err := os.ReadFile(file)
+	return strings.TrimSpace(string(cc)), err
+}
+
+// waitReady waits until the server answers over TCP and, with IPv4, over UDP: some
+// drivers configure the guest after its first process has started. It also makes
+// every part of the way warm.
 func waitReady(target netip.AddrPort) error {
 	deadline := time.Now().Add(readyDeadline)
 	var err error
-	for _, network := range []string{"tcp", "udp"} {
+	for _, network := range []string{"tcp", "udp"}[:pick(target.Addr().Is4(), 2, 1)] {
 		for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
 			if err = echoOnce(network, target); err == nil {
 				break
@@ -143,6 +172,9 @@ func echoOnce(network string, target netip.AddrPort) error {
 	}
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(time.Second))
+	if t, ok := c.(*net.TCPConn); ok {
+		t.SetLinger(0) // leave no TIME_WAIT: a row counts those
+	}
 	b := []byte{'x'}
 	if _, err := c.Write(b); err != nil {
 		return err
@@ -153,8 +185,11 @@ func echoOnce(network string, target netip.AddrPort) error {
 
 // readDevices returns the counters of the devices of this process's own network
 // namespace. /proc/net/dev shows them wherever /sys was mounted.
-func readDevices() (map[string]device, error) {
-	f, err := os.Open("/proc/thread-self/net/dev")
+func readDevices() (map[string]device, error) { return devicesIn("/proc/thread-self/net/dev") }
+
+// devicesIn reads such a file.
+func devicesIn(file string) (map[string]device, error) {
+	f, err := os.Open(file)
 	if err != nil {
 		return nil, err
 	}

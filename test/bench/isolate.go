@@ -134,14 +134,22 @@ func settleIn(dir string) error {
 // moreFiles lifts the hard limit of open files where that is allowed, for the idle
 // row: a driver may need two per flow.
 func moreFiles() {
-	var lim unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil || lim.Max >= 3*idleCount {
+	if roomFor(fileLimit()) >= idleCount+activeCount {
 		return
 	}
 	more := unix.Rlimit{Cur: 1 << 20, Max: 1 << 20}
 	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &more); err != nil {
-		fmt.Fprintf(os.Stderr, "bench: limit of %d open files: %v; a driver with 2 per flow cannot hold %d\n", lim.Max, err, idleCount)
+		fmt.Fprintf(os.Stderr, "bench: limit of %d open files: %v; the idle rows hold %d flows\n", fileLimit(), err, roomFor(fileLimit()))
 	}
+}
+
+// fileLimit returns how many files a process may have open here.
+func fileLimit() uint64 {
+	var lim unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
+		return 0
+	}
+	return lim.Max
 }
 
 // userDir is the home of the ordinary user.

@@ -36,7 +36,13 @@ func idleFlows(o order) (map[string]float64, int, error) {
 	if err := meet(in, fmt.Sprintf("open %d", len(fds))); err != nil {
 		return nil, 0, err
 	}
-	held, deadline := 0, time.Now().Add(idleDeadline)
+	held := stillHeld(fds)
+	return withConns(map[string]float64{"flows": float64(held)}, o.Count), o.Count - held, nil
+}
+
+// stillHeld counts the connections over which a byte comes back.
+func stillHeld(fds []int) (held int) {
+	deadline := time.Now().Add(idleDeadline)
 	for _, fd := range fds {
 		if time.Now().After(deadline) {
 			break
@@ -45,7 +51,7 @@ func idleFlows(o order) (map[string]float64, int, error) {
 			held++
 		}
 	}
-	return map[string]float64{"flows": float64(held)}, o.Count - held, nil
+	return held
 }
 
 // openIdleFlows opens connections until it has o.Count, one fails, or it takes too
@@ -67,8 +73,8 @@ func openIdleFlows(o order) (fds []int, err error) {
 }
 
 // openIdle connects with a time-out of a few seconds and proves the connection.
-func openIdle(to *unix.RawSockaddrInet4) (int, error) {
-	fd, err := rawSocket(unix.SOCK_STREAM)
+func openIdle(to *sockaddr) (int, error) {
+	fd, err := rawSocket(to, unix.SOCK_STREAM)
 	if err != nil {
 		return -1, err
 	}

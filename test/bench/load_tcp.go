@@ -15,8 +15,11 @@ import (
 
 const (
 	warmUp     = 100 // transactions before the clock starts
+	iperfConns = 2   // connections of one iperf3 test: control and data
 	rrBytes    = 64  // payload of a round trip
 	maxSamples = 1 << 20
+
+	resetSettle = 100 * time.Millisecond // for the last resets to arrive everywhere before the guest ends
 )
 
 // bulk runs iperf3 and takes the receiver's figure: what a proxy has swallowed
@@ -38,14 +41,14 @@ func bulk(o order) (map[string]float64, int, error) {
 	if res.Error != "" {
 		return nil, 0, fmt.Errorf("iperf3: %s", res.Error)
 	}
-	return map[string]float64{"gbps": res.End.Received.Rate / 1e9, "bytes": res.End.Received.Bytes}, 0, err
+	return map[string]float64{"gbps": res.End.Received.Rate / 1e9, "bytes": res.End.Received.Bytes, "conns": iperfConns}, 0, err
 }
 
 // targets returns the socket addresses of all server ports.
-func targets(o order) []unix.RawSockaddrInet4 {
-	out := make([]unix.RawSockaddrInet4, worldPorts)
+func targets(o order) []sockaddr {
+	out := make([]sockaddr, worldPorts)
 	for i := range out {
-		out[i] = sockaddr4(netip.AddrPortFrom(o.Target, o.Port+uint16(i)))
+		out[i] = sockaddrOf(netip.AddrPortFrom(o.Target, o.Port+uint16(i)))
 	}
 	return out
 }
@@ -53,19 +56,31 @@ func targets(o order) []unix.RawSockaddrInet4 {
 // crr makes connections one at a time: connect, one byte there, the same byte
 // back, FIN, and the peer's FIN. A transaction ends when the last of these is
 // seen, so the time of a close that dawdles counts.
-func crr(o order) (map[string]float64, int, error) {
+func crr(o order) (map[string]float64, int, error) { return oneByOne(o, connectOnce) }
+
+// crrReset makes connections one at a time and ends each with a reset once the
+// byte is back.
+func crrReset(o order) (map[string]float64, int, error) {
+	values, failed, err := oneByOne(o, resetOnce)
+	time.Sleep(resetSettle)
+	return values, failed, err
+}
+
+// oneByOne repeats a transaction for as long as the order says.
+func oneByOne(o order, once func(*sockaddr) error) (map[string]float64, int, error) {
 	rawMode()
 	to := targets(o)
 	times := make([]int64, 0, maxSamples)
 	failed := 0
 	var firstErr error
 	var start time.Time
-	for i := 0; len(times) < maxSamples; i++ {
-		if i == warmUp {
+	conns := 0
+	for ; len(times) < maxSamples; conns++ {
+		if conns == warmUp {
 			start = time.Now()
 		}
 		t0 := time.Now()
-		err := connectOnce(&to[i%len(to)])
+		err := once(&to[conns%len(to)])
 		if err != nil {
 			failed++
 			firstErr = cmpErr(firstErr, err)
@@ -74,7 +89,7 @@ func crr(o order) (map[string]float64, int, error) {
 			}
 			continue
 		}
-		if i < warmUp {
+		if conns < warmUp {
 			continue
 		}
 		times = append(times, int64(time.Since(t0)))
@@ -82,16 +97,29 @@ func crr(o order) (map[string]float64, int, error) {
 			break
 		}
 	}
-	return latencies(times, time.Since(start)), failed, failIfEmpty(times, firstErr)
+	return withConns(latencies(times, time.Since(start)), conns+1), failed, failIfEmpty(times, firstErr)
 }
 
-// connectOnce is one transaction of crr, with blocking calls.
-func connectOnce(to *unix.RawSockaddrInet4) error {
-	fd, err := rawSocket(unix.SOCK_STREAM)
+// withConns notes how many connections were tried, for the proof.
+func withConns(values map[string]float64, n int) map[string]float64 {
+	if values != nil {
+		values["conns"] = float64(n)
+	}
+	return values
+}
+
+// resetOnce is one transaction of crrReset.
+func resetOnce(to *sockaddr) error {
+	fd, err := rawSocket(to, unix.SOCK_STREAM)
 	if err != nil {
 		return err
 	}
-	defer rawClose(fd)
+	defer rawAbort(fd)
+	return echoOnNew(fd, to)
+}
+
+// echoOnNew connects fd and sends a byte to and fro.
+func echoOnNew(fd int, to *sockaddr) error {
 	if err := rawConnect(fd, to); err != nil {
 		return fmt.Errorf("connect: %w", err)
 	}
@@ -102,6 +130,20 @@ func connectOnce(to *unix.RawSockaddrInet4) error {
 	if n, err := rawRecv(fd, b[:], 0); n != 1 {
 		return fmt.Errorf("recv returned %d instead of 1 byte: %w", n, cmpErr(err, unix.ENODATA))
 	}
+	return nil
+}
+
+// connectOnce is one transaction of crr, with blocking calls.
+func connectOnce(to *sockaddr) error {
+	fd, err := rawSocket(to, unix.SOCK_STREAM)
+	if err != nil {
+		return err
+	}
+	defer rawClose(fd)
+	if err := echoOnNew(fd, to); err != nil {
+		return err
+	}
+	var b [1]byte
 	rawShutdown(fd)
 	if n, err := rawRecv(fd, b[:], 0); n != 0 {
 		return fmt.Errorf("recv returned %d instead of end of file: %w", n, cmpErr(err, unix.EPROTO))
@@ -145,14 +187,14 @@ func crrParallel(o order) (map[string]float64, int, error) {
 			}
 		}
 	}
-	values := latencies(p.times, time.Since(start))
+	values := withConns(latencies(p.times, time.Since(start)), p.next)
 	return values, p.failed, failIfEmpty(p.times, p.err)
 }
 
 // parallel is the state of crrParallel.
 type parallel struct {
 	poll   *poller
-	to     []unix.RawSockaddrInet4
+	to     []sockaddr
 	next   int // port of the next connection
 	slots  []slot
 	times  []int64
@@ -162,14 +204,15 @@ type parallel struct {
 
 // open starts a connection in slot i.
 func (p *parallel) open(i int32) error {
-	fd, err := rawSocket(unix.SOCK_STREAM | unix.SOCK_NONBLOCK)
+	p.next++
+	to := &p.to[p.next%len(p.to)]
+	fd, err := rawSocket(to, unix.SOCK_STREAM|unix.SOCK_NONBLOCK)
 	if err != nil {
 		return err
 	}
 	s := &p.slots[i]
 	*s = slot{fd: fd, state: slotConnecting, start: time.Now()}
-	p.next++
-	if err := rawConnect(fd, &p.to[p.next%len(p.to)]); err != nil && err != unix.EINPROGRESS {
+	if err := rawConnect(fd, to); err != nil && err != unix.EINPROGRESS {
 		return p.fail(i, fmt.Errorf("connect: %w", err))
 	}
 	const edges = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | 1<<31 // EPOLLET
@@ -229,7 +272,7 @@ func (p *parallel) step(i int32, events uint32) error {
 func roundTrips(o order) (map[string]float64, int, error) {
 	rawMode()
 	to := targets(o)
-	fd, err := rawSocket(unix.SOCK_STREAM)
+	fd, err := rawSocket(&to[0], unix.SOCK_STREAM)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -238,7 +281,8 @@ func roundTrips(o order) (map[string]float64, int, error) {
 		return nil, 0, fmt.Errorf("connect: %w", err)
 	}
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
-	return pingPong(fd, o.Seconds)
+	values, failed, err := pingPong(fd, o.Seconds)
+	return withConns(values, 1), failed, err
 }
 
 // pingPong measures round trips of rrBytes on a connected blocking socket. On a

@@ -18,11 +18,11 @@ const (
 
 // udpSocket returns a connected blocking socket with a receive time-out.
 func udpSocket(o order) (int, error) {
-	fd, err := rawSocket(unix.SOCK_DGRAM)
+	to := targets(o)
+	fd, err := rawSocket(&to[0], unix.SOCK_DGRAM)
 	if err != nil {
 		return -1, err
 	}
-	to := targets(o)
 	tv := unix.NsecToTimeval(int64(udpTimeout))
 	err = cmpErr(
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv),

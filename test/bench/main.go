@@ -30,6 +30,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"time"
 
@@ -41,6 +42,8 @@ const (
 	argInner = "inner" // the harness inside its own mount and pid namespaces
 	argWorld = "world" // the server in the world namespace
 	argGuest = "guest" // the load tool in the guest
+
+	argBridge = "bridge" // the same in a container of the guest
 )
 
 // options are the flags of one run.
@@ -49,6 +52,7 @@ type options struct {
 	drivers []string
 	repeat  int
 	quick   bool
+	kernel  bool
 	out     string
 	slipway string        // path of the binary to measure; "" builds ./cmd/slipway
 	seconds time.Duration // of load in one sample
@@ -61,6 +65,8 @@ func main() {
 			exit(firstError(quietly, worldMain))
 		case argGuest:
 			exit(firstError(quietly, func() error { return guestMain(os.Args[2:]) }))
+		case argBridge:
+			exit(bridgeMain(os.Args[2:]))
 		}
 	}
 	inner := len(os.Args) > 1 && os.Args[1] == argInner
@@ -98,16 +104,17 @@ func parse(args []string) (options, error) {
 	fs.StringVar(&driverList, "drivers", "", "comma separated drivers: "+strings.Join(driverNames(), ", ")+" (default all)")
 	fs.IntVar(&opt.repeat, "repeat", 0, "samples per row and driver, of which the median counts (default 5, quick 3)")
 	fs.BoolVar(&opt.quick, "quick", false, "short samples, for a look while developing")
+	fs.BoolVar(&opt.kernel, "kernel", false, "only the rows and drivers that the goals of the kernel path need")
 	fs.StringVar(&opt.out, "out", "", "page to write (default docs/benchmarks.md after a full run, else none)")
 	fs.StringVar(&opt.slipway, "slipway", "", "slipway binary to measure (default: built from ./cmd/slipway)")
-	fs.DurationVar(&opt.seconds, "time", 0, "length of one sample (default 2s, quick 700ms)")
+	fs.DurationVar(&opt.seconds, "time", 0, "length of one sample (default 1.5s, with -quick or -kernel 700ms)")
 	if err := fs.Parse(args); err != nil {
 		return opt, err
 	}
 	if fs.NArg() > 0 {
 		return opt, fmt.Errorf("argument %q: only flags are known", fs.Arg(0))
 	}
-	full := rowList == "" && driverList == "" && !opt.quick
+	full := rowList == "" && driverList == "" && !opt.quick && !opt.kernel
 	if opt.out == "" && full {
 		opt.out = "docs/benchmarks.md"
 	}
@@ -115,14 +122,18 @@ func parse(args []string) (options, error) {
 		opt.repeat = pick(opt.quick, 3, 5)
 	}
 	if opt.seconds <= 0 {
-		opt.seconds = pick(opt.quick, 700*time.Millisecond, 2*time.Second)
+		opt.seconds = pick(opt.quick || opt.kernel, 700*time.Millisecond, 1500*time.Millisecond)
 	}
 	var err error
 	if opt.rows, err = names("row", rowList, rowNames()); err != nil {
 		return opt, err
 	}
-	opt.drivers, err = names("driver", driverList, driverNames())
-	return opt, err
+	if opt.drivers, err = names("driver", driverList, driverNames()); err != nil || !opt.kernel {
+		return opt, err
+	}
+	opt.rows = slices.DeleteFunc(opt.rows, func(r string) bool { return !slices.Contains(kernelRows(), r) })
+	opt.drivers = slices.DeleteFunc(opt.drivers, func(d string) bool { return !slices.Contains(kernelDrivers(), d) })
+	return opt, nil
 }
 
 // names splits a comma separated list of known names; a family such as "bulk"

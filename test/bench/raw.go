@@ -43,19 +43,33 @@ func rawMode() {
 	runtime.LockOSThread()
 }
 
-// sockaddr4 is a struct sockaddr_in in network byte order.
-func sockaddr4(a netip.AddrPort) unix.RawSockaddrInet4 {
-	port := a.Port()
-	return unix.RawSockaddrInet4{
-		Family: unix.AF_INET,
-		Port:   port<<8 | port>>8, // the machines this runs on are little endian; checked in a test
-		Addr:   a.Addr().As4(),
-	}
+// sockaddr is a struct sockaddr_in or sockaddr_in6 in network byte order.
+type sockaddr struct {
+	family int
+	v4     unix.RawSockaddrInet4
+	v6     unix.RawSockaddrInet6
 }
 
-// rawSocket makes an IPv4 socket; typ may carry SOCK_NONBLOCK.
-func rawSocket(typ int) (int, error) {
-	fd, _, e := unix.RawSyscall(unix.SYS_SOCKET, unix.AF_INET, uintptr(typ|unix.SOCK_CLOEXEC), 0)
+// sockaddrOf converts an address.
+func sockaddrOf(a netip.AddrPort) sockaddr {
+	port := a.Port()<<8 | a.Port()>>8 // the machines this runs on are little endian; checked in a test
+	if a.Addr().Is4() {
+		return sockaddr{family: unix.AF_INET, v4: unix.RawSockaddrInet4{Family: unix.AF_INET, Port: port, Addr: a.Addr().As4()}}
+	}
+	return sockaddr{family: unix.AF_INET6, v6: unix.RawSockaddrInet6{Family: unix.AF_INET6, Port: port, Addr: a.Addr().As16()}}
+}
+
+// raw returns what the kernel wants.
+func (sa *sockaddr) raw() (unsafe.Pointer, uintptr) {
+	if sa.family == unix.AF_INET {
+		return unsafe.Pointer(&sa.v4), unix.SizeofSockaddrInet4
+	}
+	return unsafe.Pointer(&sa.v6), unix.SizeofSockaddrInet6
+}
+
+// rawSocket makes a socket for talking to an address; typ may carry SOCK_NONBLOCK.
+func rawSocket(to *sockaddr, typ int) (int, error) {
+	fd, _, e := unix.RawSyscall(unix.SYS_SOCKET, uintptr(to.family), uintptr(typ|unix.SOCK_CLOEXEC), 0)
 	if e != 0 {
 		return -1, fmt.Errorf("socket: %w", e)
 	}
@@ -63,9 +77,10 @@ func rawSocket(typ int) (int, error) {
 }
 
 // rawConnect is connect(2), tried again when a signal interrupts it.
-func rawConnect(fd int, sa *unix.RawSockaddrInet4) error {
+func rawConnect(fd int, to *sockaddr) error {
 	for {
-		_, _, e := unix.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(sa)), unix.SizeofSockaddrInet4)
+		sa, size := to.raw()
+		_, _, e := unix.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(sa), size)
 		switch e {
 		case 0, unix.EISCONN:
 			return nil
@@ -104,6 +119,13 @@ func rawRecv(fd int, b []byte, flags int) (int, error) {
 
 // rawShutdown sends FIN.
 func rawShutdown(fd int) { unix.RawSyscall(unix.SYS_SHUTDOWN, uintptr(fd), unix.SHUT_WR, 0) }
+
+// rawAbort closes fd with a reset instead of FIN.
+func rawAbort(fd int) {
+	linger := unix.Linger{Onoff: 1}
+	unix.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_LINGER, uintptr(unsafe.Pointer(&linger)), unix.SizeofLinger, 0)
+	rawClose(fd)
+}
 
 // rawClose closes fd.
 func rawClose(fd int) { unix.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) }

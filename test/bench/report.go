@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -37,7 +38,15 @@ func (p *report) text() string {
 	var b strings.Builder
 	p.notes = nil
 	b.WriteString(p.machine())
-	b.WriteString(p.tableOf(r.rows(), r.chosen()))
+	direct, bridged := split(r.chosen())
+	if len(direct) > 0 {
+		b.WriteString(p.tableOf(r.rows(), direct))
+	}
+	if slices.ContainsFunc(bridged, func(d driver) bool { return d.bridged }) {
+		b.WriteString("\nFrom a container on a bridge in the guest, against the same native:\n")
+		b.WriteString(p.tableOf(r.rows(), bridged))
+	}
+	p.noteAll(r.rows(), r.chosen())
 	b.WriteString(p.goalsOf(r.rows()))
 	for i, note := range p.notes {
 		if i == 0 {
@@ -60,6 +69,9 @@ func (p *report) tableOf(ws []row, ds []driver) string {
 	}
 	lines := [][]string{head, rule}
 	for _, w := range ws {
+		if !slices.ContainsFunc(ds, func(d driver) bool { return p.takesPart(w, d) }) {
+			continue
+		}
 		for _, m := range w.metrics {
 			label := m.label
 			if m.unit != "" {
@@ -71,11 +83,37 @@ func (p *report) tableOf(ws []row, ds []driver) string {
 			}
 			lines = append(lines, line)
 		}
+	}
+	return "\n" + align(lines)
+}
+
+// takesPart reports whether a driver has a cell in a row.
+func (p *report) takesPart(w row, d driver) bool {
+	c := p.results[[2]string{w.name, d.name}]
+	return c != nil && !c.out
+}
+
+// split separates the drivers whose load runs in a container, and repeats native
+// beside them.
+func split(ds []driver) (direct, bridged []driver) {
+	for _, d := range ds {
+		if d.bridged || d.name == "native" {
+			bridged = append(bridged, d)
+		}
+		if !d.bridged {
+			direct = append(direct, d)
+		}
+	}
+	return direct, bridged
+}
+
+// noteAll keeps the reasons of all cells.
+func (p *report) noteAll(ws []row, ds []driver) {
+	for _, w := range ws {
 		for _, d := range ds {
 			p.note(w, d.name)
 		}
 	}
-	return "\n" + align(lines)
 }
 
 // cellText renders one number.
@@ -118,7 +156,7 @@ func (p *report) note(w row, driver string) {
 // goalsOf renders the goals of the rows that were measured.
 func (p *report) goalsOf(ws []row) string {
 	lines := [][]string{{"goal", "measured", "first step", "", "final", ""}, {"---", "---:", "---:", "---", "---:", "---"}}
-	for _, g := range goals {
+	for _, g := range goals() {
 		for _, w := range ws {
 			if w.name == g.row && p.results[[2]string{g.row, g.driver}] != nil {
 				lines = append(lines, p.goalLine(g, w))
@@ -161,6 +199,13 @@ func (p *report) measured(g goal) (v float64, why string) {
 	if g.against == "" {
 		return v, ""
 	}
+	if g.against == bestPeer {
+		base, who := p.best(g.row, g.key)
+		if who == "" {
+			return 0, "no peer in this run"
+		}
+		return v / base, ""
+	}
 	other := p.results[[2]string{g.row, g.against}]
 	base, ok := other.median(g.key)
 	if !ok {
@@ -169,17 +214,31 @@ func (p *report) measured(g goal) (v float64, why string) {
 	return v / base, ""
 }
 
-// limit renders a limit; zero is none.
+// best returns the most that a peer reached in a row, and which it was.
+func (p *report) best(row, key string) (most float64, who string) {
+	for _, d := range drivers() {
+		if v, ok := p.results[[2]string{row, d.name}].median(key); ok && d.peer && v > most {
+			most, who = v, d.name
+		}
+	}
+	return most, who
+}
+
+// limit renders a limit; zero is that there is none.
 func limit(g goal, n float64, unit string) string {
-	if n == 0 {
+	switch n {
+	case 0:
 		return ""
+	case none:
+		return strings.TrimSpace("0" + unit)
 	}
 	return strings.TrimSpace(fmt.Sprintf("%s %g%s", pick(g.atLeast, ">=", "<="), n, unit))
 }
 
-// verdict is pass or miss. A quick run holds fewer flows than the goal names.
+// verdict is pass or miss. A quick run holds fewer flows than the goal names, and so
+// does a machine with a low limit of open files.
 func verdict(g goal, v, n float64, quick bool) string {
-	if n == 0 || (quick && g.key == "flows") {
+	if n == 0 || (g.key == "flows" && (quick || (v < n && v >= float64(roomFor(fileLimit()))))) {
 		return ""
 	}
 	if math.IsNaN(v) || (g.atLeast && v < n) || (!g.atLeast && v > n) {
@@ -198,6 +257,9 @@ func (p *report) machine() string {
 	line("machine", fmt.Sprintf("%d x %s, %.0f GiB of memory", runtime.NumCPU(), procField("/proc/cpuinfo", "model name"), kilobytes("/proc/meminfo", "MemTotal:")/(1<<30)))
 	line("system", fmt.Sprintf("Linux %s, %s", unix.ByteSliceToString(uts.Release[:]), osName()))
 	line("load", fmt.Sprintf("medians of %d samples of %v each, taken in turns, %s on both ends, MTU 1500 where not said otherwise; the run took %v", p.opt.repeat, p.opt.seconds, congestion, p.took.Round(time.Second)))
+	if n := roomFor(fileLimit()); n < idleCount+activeCount && !p.opt.quick {
+		line("flows", fmt.Sprintf("a process may have no more than %d files open here, so the idle rows hold %d flows in all", fileLimit(), n))
+	}
 	line("versions", strings.Join(p.versions(), ", "))
 	return b.String()
 }

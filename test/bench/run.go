@@ -69,7 +69,7 @@ func (r *runner) all(ctx context.Context) table {
 			for i := range ds {
 				d := ds[(i+rep)%len(ds)]
 				c := results[[2]string{w.name, d.name}]
-				if ctx.Err() != nil || c.out || c.absent != nil || (len(c.samples) == 0 && len(c.errs) >= giveUp) {
+				if ctx.Err() != nil || (w.most > 0 && rep >= w.most) || c.out || c.absent != nil || (len(c.samples) == 0 && len(c.errs) >= giveUp) {
 					continue
 				}
 				r.once(ctx, rep, w, d, c)
@@ -104,6 +104,10 @@ func (r *runner) once(ctx context.Context, rep int, w row, d driver, c *cell) {
 func (r *runner) newCell(w row, d driver) *cell {
 	c := new(cell)
 	switch {
+	case w.drivers != nil && !slices.Contains(w.drivers, d.name):
+		c.out = true
+	case r.opt.kernel && d.peer:
+		c.out = !slices.ContainsFunc(kernelGoals(""), func(g goal) bool { return g.row == w.name && g.against == bestPeer })
 	case d.rows != nil:
 		c.out = !slices.Contains(d.rows, w.name)
 	case w.name == "start" && d.start == nil:

@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -38,7 +37,7 @@ type runner struct {
 func (r *runner) take(ctx context.Context, w row, d driver) (map[string]float64, error) {
 	ctx, cancel := context.WithTimeout(ctx, sampleTimeout)
 	defer cancel()
-	t, err := newTopology(ctx, r.dir)
+	t, err := newTopology(ctx, r.dir, w.ipv6)
 	if err != nil {
 		return nil, err
 	}
@@ -46,7 +45,7 @@ func (r *runner) take(ctx context.Context, w row, d driver) (map[string]float64,
 	if w.name == "start" {
 		return r.starts(ctx, d)
 	}
-	g := new(guest)
+	g := &guest{bridged: d.bridged}
 	defer g.leave()
 	if err := d.join(ctx, t, g); err != nil {
 		return nil, err
@@ -56,7 +55,8 @@ func (r *runner) take(ctx context.Context, w row, d driver) (map[string]float64,
 
 // measure runs the row's load in the guest.
 func (r *runner) measure(ctx context.Context, w row, t *topology, g *guest) (map[string]float64, error) {
-	o := order{Load: w.load, Target: worldAddr, Seconds: r.opt.seconds.Seconds(), Count: w.count, Want: congestion, Port: worldPortBase}
+	target := pick(w.ipv6, worldAddr6, worldAddr)
+	o := order{Load: w.load, Target: target, Seconds: r.opt.seconds.Seconds(), Count: w.count, Want: congestion, Port: worldPortBase}
 	var server *iperfServer
 	if w.load == "bulk" {
 		var err error
@@ -94,6 +94,9 @@ func (r *runner) measure(ctx context.Context, w row, t *topology, g *guest) (map
 		return nil, fmt.Errorf("no proof that the driver carried it: %w", err)
 	}
 	report.Values["failed"] = float64(report.Errors)
+	if report.Values["time_wait"], err = timeWait(nsHost); err != nil {
+		return nil, err
+	}
 	for key, v := range usage {
 		report.Values[key] = v
 	}
@@ -108,7 +111,7 @@ func (r *runner) obeyed(ctx context.Context, o order, g *guest) (guestReport, ma
 	if err != nil {
 		return report, nil, err
 	}
-	cmd := g.run([]string{filepath.Join(r.dir, "bench"), argGuest, string(arg)})
+	cmd := g.run([]string{filepath.Join(r.dir, "bench"), pick(g.bridged, argBridge, argGuest), string(arg)})
 	var errs bytes.Buffer
 	cmd.Stderr = &errs
 	in, err := cmd.StdinPipe()
@@ -133,10 +136,10 @@ func (r *runner) obeyed(ctx context.Context, o order, g *guest) (guestReport, ma
 		err = json.Unmarshal(last, &report)
 	}
 	if err != nil {
-		return report, nil, fmt.Errorf("load in the guest: %w: %s", cmpErr(werr, err), lastLine(errs.Bytes()))
+		return report, nil, fmt.Errorf("load in the guest: %w: %s", cmpErr(werr, err), complaint(errs.Bytes()))
 	}
 	if report.Error != "" {
-		return report, nil, fmt.Errorf("load in the guest: %s %s", report.Error, lastLine(errs.Bytes()))
+		return report, nil, fmt.Errorf("load in the guest: %s %s", report.Error, complaint(errs.Bytes()))
 	}
 	return report, usage, nil
 }
@@ -261,7 +264,7 @@ func (s *iperfServer) peer() string {
 // iperfCommand is the client's command line. iperf3 knows whole seconds only.
 func iperfCommand(w row, opt options) []string {
 	seconds := max(1, int(opt.seconds.Seconds()+0.5))
-	args := []string{"iperf3", "--client", worldAddr.String(), "--port", strconv.Itoa(iperfPort), "--json", "--time", strconv.Itoa(seconds), "--congestion", congestion}
+	args := []string{"iperf3", "--client", pick(w.ipv6, worldAddr6, worldAddr).String(), "--port", strconv.Itoa(iperfPort), "--json", "--time", strconv.Itoa(seconds), "--congestion", congestion}
 	if w.reverse {
 		args = append(args, "--reverse")
 	}
@@ -286,48 +289,4 @@ func listening(ns string, port int) bool {
 		return nil
 	})
 	return found
-}
-
-// proof is what a sample left behind outside the load tool's own figures.
-type proof struct {
-	hostNS uint64 // inode
-	row    row
-	guest  *guest
-	report guestReport
-	world  map[string]device // how far the counters in world moved
-	seen   worldReport
-}
-
-// check returns what speaks against the driver having carried the load.
-func (p proof) check() error {
-	if p.report.Congestion != congestion {
-		return fmt.Errorf("guest uses %s instead of %s", p.report.Congestion, congestion)
-	}
-	if p.report.NetNS == p.hostNS {
-		return errors.New("the load ran in the host's network namespace")
-	}
-	slices.Sort(p.seen.Peers)
-	if peers := slices.Compact(p.seen.Peers); len(peers) != 1 || peers[0] != p.guest.source.String() {
-		return fmt.Errorf("world saw %v instead of %v", peers, p.guest.source)
-	}
-	if len(p.report.Devices) != 1 {
-		return fmt.Errorf("guest has %d devices besides lo instead of 1", len(p.report.Devices))
-	}
-	least := p.payload()
-	for name, dev := range p.report.Devices {
-		if n := max(dev.RxBytes, dev.TxBytes); n < least {
-			return fmt.Errorf("guest's %s counted %d of %d bytes", name, n, least)
-		}
-	}
-	name := pick(p.guest.viaHost, "host0", "guest0")
-	if n := max(p.world[name].RxBytes, p.world[name].TxBytes); n < least {
-		return fmt.Errorf("world's %s counted %d of %d bytes", name, n, least)
-	}
-	return nil
-}
-
-// payload is what must have passed in the busier direction at least.
-func (p proof) payload() uint64 {
-	v := p.report.Values
-	return uint64(v["bytes"] + float64(p.row.payload)*max(v["n"], v["flows"]))
 }

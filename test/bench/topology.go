@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"time"
 
@@ -25,11 +26,15 @@ import (
 // compare drivers and not BBR with cubic.
 const congestion = "cubic"
 
-// Addresses are from the documentation ranges (RFC 5737).
+// Addresses are from the documentation ranges (RFC 5737, RFC 3849).
 var (
 	hostAddr  = netip.MustParseAddr("198.51.100.1") // host's side of the veth to world
 	worldAddr = netip.MustParseAddr("198.51.100.2") // what the guest talks to
 	guestAddr = netip.MustParseAddr("203.0.113.3")  // guest's own, where veth joins it
+
+	hostAddr6  = netip.MustParseAddr("2001:db8:100::1")
+	worldAddr6 = netip.MustParseAddr("2001:db8:100::2")
+	guestAddr6 = netip.MustParseAddr("2001:db8:113::3")
 )
 
 // Names of the namespaces under /run/netns.
@@ -42,14 +47,17 @@ const (
 // topology is the set of fresh namespaces of one sample.
 type topology struct {
 	dir    string // holds the binaries; see prepareBinaries
+	ipv6   bool   // there are IPv6 addresses
 	world  *exec.Cmd
 	ask    io.WriteCloser // a line here makes world report
 	answer *bufio.Reader
 }
 
-// newTopology makes host and world, joined by veth, and starts the server.
-func newTopology(ctx context.Context, dir string) (*topology, error) {
-	t := &topology{dir: dir}
+// newTopology makes host and world, joined by veth, and starts the server. IPv6 is
+// there only for the rows that use it: configuring it takes some drivers longer to
+// start.
+func newTopology(ctx context.Context, dir string, ipv6 bool) (*topology, error) {
+	t := &topology{dir: dir, ipv6: ipv6}
 	err := firstError(
 		func() error { return ipBatch("", "netns add host", "netns add world") },
 		func() error {
@@ -62,6 +70,10 @@ func newTopology(ctx context.Context, dir string) (*topology, error) {
 		func() error {
 			return ipBatch(nsWorld, "link set lo up", "addr add 198.51.100.2/24 dev host0", "link set host0 up")
 		},
+		func() error {
+			return t.ipBatch6(nsHost, "addr add 2001:db8:100::1/64 dev world0 nodad", "route add default via 2001:db8:100::2")
+		},
+		func() error { return t.ipBatch6(nsWorld, "addr add 2001:db8:100::2/64 dev host0 nodad") },
 		func() error { return useCubic(nsHost) },
 		func() error { return useCubic(nsWorld) },
 		func() error { return t.startWorld(ctx) },
@@ -79,6 +91,14 @@ func (t *topology) addGuest() error {
 		func() error { return ipBatch("", "netns add guest") },
 		func() error { return ipBatch(nsGuest, "link set lo up") },
 	)
+}
+
+// ipBatch6 is ipBatch, for topologies that have IPv6.
+func (t *topology) ipBatch6(ns string, lines ...string) error {
+	if !t.ipv6 {
+		return nil
+	}
+	return ipBatch(ns, lines...)
 }
 
 // startWorld starts the server and waits until it listens.
@@ -116,6 +136,32 @@ func (t *topology) report() (worldReport, error) {
 		return r, fmt.Errorf("world's server: %w", err)
 	}
 	return r, json.Unmarshal(line, &r)
+}
+
+// timeWait counts the sockets in TIME_WAIT in namespace ns.
+func timeWait(ns string) (n float64, err error) {
+	err = inNamespace(ns, func() error {
+		text, err := os.ReadFile("/proc/thread-self/net/sockstat")
+		if err != nil {
+			return err
+		}
+		n, err = timeWaitIn(string(text))
+		return err
+	})
+	return n, err
+}
+
+// timeWaitIn reads "TCP: inuse 2 orphan 0 tw 7 alloc 3 mem 1", which counts both
+// families.
+func timeWaitIn(sockstat string) (float64, error) {
+	_, rest, _ := strings.Cut(sockstat, "\nTCP: ")
+	f := strings.Fields(rest)
+	for i := 0; i+1 < len(f); i += 2 {
+		if f[i] == "tw" {
+			return strconv.ParseFloat(f[i+1], 64)
+		}
+	}
+	return 0, errors.New("sockstat: no count of TIME_WAIT")
 }
 
 // devices returns the counters of world's devices.
@@ -187,6 +233,11 @@ func startIn(ns string, cmd *exec.Cmd) error { return inNamespace(ns, cmd.Start)
 // inNamespace runs f on a thread in network namespace ns. The thread is given up
 // when it cannot go back.
 func inNamespace(ns string, f func() error) error {
+	return inNamespaceOf(filepath.Join("/run/netns", ns), f)
+}
+
+// inNamespaceOf does so with the namespace that is the file path.
+func inNamespaceOf(path string, f func() error) error {
 	runtime.LockOSThread()
 	own, err := os.Open("/proc/thread-self/ns/net")
 	if err != nil {
@@ -194,7 +245,7 @@ func inNamespace(ns string, f func() error) error {
 		return err
 	}
 	defer own.Close()
-	there, err := os.Open(filepath.Join("/run/netns", ns))
+	there, err := os.Open(path)
 	if err != nil {
 		runtime.UnlockOSThread()
 		return err
@@ -202,7 +253,7 @@ func inNamespace(ns string, f func() error) error {
 	defer there.Close()
 	if err := unix.Setns(int(there.Fd()), unix.CLONE_NEWNET); err != nil {
 		runtime.UnlockOSThread()
-		return fmt.Errorf("setns %s: %w", ns, err)
+		return fmt.Errorf("setns %s: %w", path, err)
 	}
 	err = f()
 	if back := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET); back != nil {
@@ -228,6 +279,17 @@ func firstError(steps ...func() error) error {
 		}
 	}
 	return nil
+}
+
+// complaint returns what a program said on stderr: slipway's error is not its last
+// line where a hint follows.
+func complaint(out []byte) string {
+	for _, line := range strings.Split(string(out), "\n") {
+		if strings.HasPrefix(line, "slipway: ") {
+			return line
+		}
+	}
+	return lastLine(out)
 }
 
 // lastLine returns the last line of a program's output that is not empty.

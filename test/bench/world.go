@@ -15,7 +15,8 @@ import (
 )
 
 // The server listens on worldPorts TCP ports, so that a client has that many
-// times the ephemeral ports, and on the first of them for UDP too.
+// times the ephemeral ports, and on the first of them for UDP too. IPv6, of which
+// there is TCP only, has sockets of its own, lest IPv4 pay for the mapping.
 const (
 	worldPortBase = 20000
 	worldPorts    = 64
@@ -38,7 +39,7 @@ type worldServer struct {
 
 	mu     sync.Mutex // guards the fields below
 	report worldReport
-	last   [4]byte // the peer counted last: most are the same
+	last   netip.Addr // the peer counted last: most are the same
 }
 
 // worldMain is the server process: it prints "ready", then a report for each
@@ -77,13 +78,15 @@ func newWorldServer() (*worldServer, error) {
 	}
 	s := &worldServer{poll: poll, listeners: make(map[int32]bool), buf: make([]byte, 64<<10)}
 	for port := worldPortBase; port < worldPortBase+worldPorts; port++ {
-		fd, err := listenTCP(port)
-		if err != nil {
-			return nil, err
-		}
-		s.listeners[int32(fd)] = true
-		if err := poll.add(fd, unix.EPOLLIN, int32(fd)); err != nil {
-			return nil, err
+		for _, any := range []unix.Sockaddr{&unix.SockaddrInet4{Port: port}, &unix.SockaddrInet6{Port: port}} {
+			fd, err := listenTCP(any)
+			if err != nil {
+				return nil, fmt.Errorf("tcp port %d: %w", port, err)
+			}
+			s.listeners[int32(fd)] = true
+			if err := poll.add(fd, unix.EPOLLIN, int32(fd)); err != nil {
+				return nil, err
+			}
 		}
 	}
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
@@ -99,18 +102,25 @@ func newWorldServer() (*worldServer, error) {
 }
 
 // listenTCP opens one non-blocking listener on all addresses.
-func listenTCP(port int) (int, error) {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+func listenTCP(any unix.Sockaddr) (int, error) {
+	family := unix.AF_INET
+	if _, ok := any.(*unix.SockaddrInet6); ok {
+		family = unix.AF_INET6
+	}
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, fmt.Errorf("socket: %w", err)
 	}
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) // inherited by what is accepted
-	if err := unix.Bind(fd, &unix.SockaddrInet4{Port: port}); err != nil {
-		return -1, fmt.Errorf("bind tcp port %d: %w", port, err)
+	if family == unix.AF_INET6 {
+		unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1)
+	}
+	if err := unix.Bind(fd, any); err != nil {
+		return -1, fmt.Errorf("bind: %w", err)
 	}
 	if err := unix.Listen(fd, 4096); err != nil {
-		return -1, fmt.Errorf("listen on tcp port %d: %w", port, err)
+		return -1, fmt.Errorf("listen: %w", err)
 	}
 	return fd, nil
 }
@@ -133,8 +143,8 @@ func (s *worldServer) run() {
 
 // accept takes one connection; epoll calls again while there are more.
 func (s *worldServer) accept(listener int) {
-	var sa unix.RawSockaddrInet4
-	size := uint32(unix.SizeofSockaddrInet4)
+	var sa unix.RawSockaddrInet6 // room for either family
+	size := uint32(unix.SizeofSockaddrInet6)
 	fd, _, e := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(listener), uintptr(unsafe.Pointer(&sa)), uintptr(unsafe.Pointer(&size)), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
 	if e != 0 {
 		return
@@ -143,11 +153,19 @@ func (s *worldServer) accept(listener int) {
 		rawClose(int(fd))
 		return
 	}
-	s.count(sa.Addr, 0, 1)
+	s.count(peerOf(&sa), 0, 1)
+}
+
+// peerOf returns the address in sa, which may be a sockaddr_in.
+func peerOf(sa *unix.RawSockaddrInet6) netip.Addr {
+	if sa.Family == unix.AF_INET {
+		return netip.AddrFrom4((*unix.RawSockaddrInet4)(unsafe.Pointer(sa)).Addr)
+	}
+	return netip.AddrFrom16(sa.Addr)
 }
 
 // count notes n bytes and conns connections of a peer.
-func (s *worldServer) count(peer [4]byte, n int, conns uint64) {
+func (s *worldServer) count(peer netip.Addr, n int, conns uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.report.Accepted += conns
@@ -156,7 +174,7 @@ func (s *worldServer) count(peer [4]byte, n int, conns uint64) {
 		return
 	}
 	s.last = peer
-	name := netip.AddrFrom4(peer).String()
+	name := peer.String()
 	for _, p := range s.report.Peers {
 		if p == name {
 			return
@@ -187,7 +205,7 @@ func (s *worldServer) echoUDP() {
 		if e != 0 {
 			return
 		}
-		s.count(sa.Addr, int(n), 0)
+		s.count(netip.AddrFrom4(sa.Addr), int(n), 0)
 		unix.RawSyscall6(unix.SYS_SENDTO, uintptr(s.udp), uintptr(unsafe.Pointer(&s.buf[0])), n, unix.MSG_NOSIGNAL, uintptr(unsafe.Pointer(&sa)), uintptr(size))
 	}
 }
