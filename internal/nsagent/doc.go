@@ -9,6 +9,7 @@
 //
 //	agent, err := nsagent.Start(ctx, spec, log) // namespaces, mounts, TUN, routes
 //	tun := agent.TUN()                          // the caller owns it from now on
+//	sockets := agent.Kernel()                   // likewise; of the kernel path, if asked for
 //	p, err := agent.Exec(ctx, command)          // as often as wanted
 //	status, err := p.Wait()
 //	agent.Close(ctx)                            // TERM, StopTimeout, KILL; nothing is left
@@ -20,7 +21,8 @@
 // ends with the daemon, because it reads the end of file on the socketpair, whatever
 // ended the daemon. Should the agent be killed, its orphans are reparented to the
 // daemon (a child subreaper, see prctl(2)), which kills them. The TUN belongs to
-// whoever holds the file: the agent keeps no copy.
+// whoever holds the file: the agent keeps no copy, nor of the listeners, nor of the
+// socket that owns the tables of nftables.
 //
 // The package is made of Linux namespaces; on other systems it is empty.
 package nsagent

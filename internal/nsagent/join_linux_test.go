@@ -78,6 +78,13 @@ func (f *foreign) sh(t testing.TB, script string) string {
 // foreignState is what joining changes.
 const foreignState = `ip -br addr; ip route; ip -6 route; nft list ruleset; `
 
+// foreignKernelState is what the kernel path changes, which nobody takes back when the
+// agent is killed.
+const foreignKernelState = `
+ip rule; ip -6 rule; ip route show table all | grep 7965; ip -6 route show table all | grep 7965
+for d in all default lo; do cat /proc/sys/net/ipv4/conf/$d/rp_filter /proc/sys/net/ipv4/conf/$d/accept_local; done
+`
+
 // foreignSysctl is another thing, which cannot be taken back in a user namespace with a
 // single group.
 const foreignSysctl = `cat /proc/sys/net/ipv4/ping_group_range`
@@ -94,7 +101,7 @@ func ordinaryUser() bool { return os.Geteuid() != 0 }
 func testJoinProcess(t *testing.T) {
 	f := newForeign(t, ordinaryUser())
 	g := start(t, joinSpec(t, Join{PID: f.pid}))
-	if r := g.Report(); r.SNAT+r.IPv6+r.PingNote != "" {
+	if r := g.Report(); r.SNAT+r.IPv6+r.PingNote+r.Kernel+r.Kernel6 != "" {
 		t.Errorf("complaints: %+v", r)
 	}
 	if same, err := sameFile(g.NetNS(), fmt.Sprintf("/proc/%d/ns/net", f.pid)); err != nil || !same {
@@ -119,11 +126,11 @@ func testJoinProcess(t *testing.T) {
 
 func testJoinLeavesNothing(t *testing.T) {
 	f := newForeign(t, ordinaryUser())
-	state := foreignState
+	state := foreignState + foreignKernelState
 	if !ordinaryUser() && wholeHost(t) {
 		state += foreignSysctl
 	}
-	before := f.sh(t, state)
+	before, kernelBefore := f.sh(t, state), f.sh(t, foreignKernelState)
 	g := start(t, joinSpec(t, Join{PID: f.pid}))
 	if f.sh(t, state) == before {
 		t.Fatal("nothing changed")
@@ -144,8 +151,13 @@ func testJoinLeavesNothing(t *testing.T) {
 			t.Errorf("%q after the agent was killed:\n%s", not, after)
 		}
 	}
-	// And once more.
-	end(t, start(t, joinSpec(t, Join{PID: f.pid})).Agent)
+	// And once more; what the killed one has left goes with the next.
+	g = start(t, joinSpec(t, Join{PID: f.pid}))
+	kernelWorks(t, g)
+	end(t, g.Agent)
+	if after, want := f.sh(t, foreignKernelState), kernelBefore; after != want {
+		t.Errorf("after the next one:\n%s\nwant\n%s", after, want)
+	}
 }
 
 func testJoinPath(t *testing.T) {

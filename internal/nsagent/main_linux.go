@@ -144,7 +144,11 @@ func (g *guest) start() error {
 			ready.Files, files = append(ready.Files, name), append(files, f)
 		}
 	}
-	return g.wire.send(event{Ready: ready}, files...)
+	if err := g.wire.send(event{Ready: ready}, files...); err != nil {
+		return err
+	}
+	g.keepTables()
+	return nil
 }
 
 // awaitMapping blocks until the daemon has written our user namespace's IDs.

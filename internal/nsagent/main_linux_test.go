@@ -253,6 +253,7 @@ func testSpec(t testing.TB) Spec {
 		ResolvConf:   write("resolv.conf", "nameserver 192.168.65.1\n"),
 		Hosts:        write("hosts", "127.0.0.1 our-hosts\n"),
 		IdentitySNAT: true,
+		KernelPath:   true,
 		PingRange:    true,
 		StopTimeout:  5 * time.Second,
 	}
@@ -301,6 +302,9 @@ func end(t testing.TB, a *Agent) {
 		t.Error(err)
 	}
 	a.TUN().Close()
+	if k := a.Kernel(); k != nil {
+		closeAll([]*os.File{k.Listener4, k.Listener6, k.Probe4, k.Probe6})
+	}
 	a.Release()
 	if a.state.Exited() && !a.state.Success() { // for one, the race detector's 66
 		t.Errorf("the agent ended with %v", a.state)

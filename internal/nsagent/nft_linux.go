@@ -1,6 +1,7 @@
 package nsagent
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -28,6 +29,8 @@ const (
 	// nftAnswer is more than an answer has, in bytes: it does not repeat the question
 	// (NETLINK_CAP_ACK).
 	nftAnswer = 16 << 10
+	// nfgenmsgLen is the length of struct nfgenmsg, the header after netlink's.
+	nfgenmsgLen = 4
 )
 
 // nftChain is a base chain with its rules.
@@ -37,6 +40,7 @@ type nftChain struct {
 	hook     *nftables.ChainHook
 	priority int32
 	rules    [][]expr.Any
+	comment  string // of each rule, as nft shows it; none if empty
 }
 
 // nftMessage is one message of a batch.
@@ -86,10 +90,23 @@ func openNFT() (*nftSocket, error) {
 
 func (s *nftSocket) close() { unix.Close(s.fd) }
 
+// port returns the number by which the kernel tells whose doing a change was.
+func (s *nftSocket) port() (uint32, error) {
+	sa, err := unix.Getsockname(s.fd)
+	if err != nil {
+		return 0, err
+	}
+	n, ok := sa.(*unix.SockaddrNetlink)
+	if !ok {
+		return 0, unix.EAFNOSUPPORT
+	}
+	return n.Pid, nil
+}
+
 // header appends the headers of netlink and nfnetlink for a body of n bytes.
 func (s *nftSocket) header(b []byte, n int, typ, flags uint16, family byte, resource uint16) []byte {
 	s.seq++
-	b = binary.NativeEndian.AppendUint32(b, uint32(unix.SizeofNlMsghdr+4+n))
+	b = binary.NativeEndian.AppendUint32(b, uint32(unix.SizeofNlMsghdr+nfgenmsgLen+n))
 	b = binary.NativeEndian.AppendUint16(b, typ)
 	b = binary.NativeEndian.AppendUint16(b, unix.NLM_F_REQUEST|flags)
 	b = binary.NativeEndian.AppendUint32(b, s.seq)
@@ -230,6 +247,59 @@ func (s *nftSocket) hasTable(family nftables.TableFamily, name string) (bool, er
 	}
 }
 
+// allRulesHave tells whether a table has rules, and every one of them the comment.
+func (s *nftSocket) allRulesHave(family nftables.TableFamily, table, comment string) (bool, error) {
+	attrs, err := netlink.MarshalAttributes([]netlink.Attribute{nftString(unix.NFTA_RULE_TABLE, table)})
+	if err != nil {
+		return false, err
+	}
+	b := s.header(nil, len(attrs), unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, byte(family), 0)
+	if err := unix.Sendto(s.fd, append(b, attrs...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return false, err
+	}
+	rules, without := 0, 0
+	for {
+		answers, err := s.receive()
+		if err != nil {
+			return false, err
+		}
+		for _, a := range answers {
+			switch {
+			case a.Header.Seq != s.seq:
+			case a.Header.Type == unix.NLMSG_DONE:
+				return rules > 0 && without == 0, nil
+			case a.Header.Type == unix.NLMSG_ERROR || len(a.Data) < nfgenmsgLen:
+				return false, unix.EIO
+			default:
+				of, with := ruleComment(a.Data[nfgenmsgLen:])
+				if of == table { // old kernels ignore which one was asked for
+					rules++
+					if !bytes.Equal(with, nftComment(comment)) {
+						without++
+					}
+				}
+			}
+		}
+	}
+}
+
+// ruleComment returns a rule's table, and its comment as nftComment makes it.
+func ruleComment(rule []byte) (table string, comment []byte) {
+	attrs, err := netlink.UnmarshalAttributes(rule)
+	if err != nil {
+		return "", nil
+	}
+	for _, a := range attrs {
+		switch a.Type {
+		case unix.NFTA_RULE_TABLE:
+			table = unix.ByteSliceToString(a.Data)
+		case unix.NFTA_RULE_USERDATA:
+			comment = a.Data
+		}
+	}
+	return table, comment
+}
+
 // newTable makes a table that must not be there; owned by the socket if so asked.
 func newTable(family nftables.TableFamily, name string, owned bool) (nftMessage, error) {
 	list := []netlink.Attribute{nftString(unix.NFTA_TABLE_NAME, name)}
@@ -291,11 +361,21 @@ func (c *nftChain) rule(family nftables.TableFamily, table string, exprs []expr.
 	if err != nil {
 		return nil, err
 	}
-	return netlink.MarshalAttributes([]netlink.Attribute{
+	attrs := []netlink.Attribute{
 		nftString(unix.NFTA_RULE_TABLE, table),
 		nftString(unix.NFTA_RULE_CHAIN, c.name),
 		{Type: unix.NLA_F_NESTED | unix.NFTA_RULE_EXPRESSIONS, Data: b},
-	})
+	}
+	if c.comment != "" {
+		attrs = append(attrs, netlink.Attribute{Type: unix.NFTA_RULE_USERDATA, Data: nftComment(c.comment)})
+	}
+	return netlink.MarshalAttributes(attrs)
+}
+
+// nftComment is a comment as nft keeps it with a rule: NFTNL_UDATA_RULE_COMMENT, length,
+// and the text.
+func nftComment(s string) []byte {
+	return append([]byte{0, byte(len(s) + 1)}, s+"\x00"...)
 }
 
 func nftString(typ uint16, s string) netlink.Attribute {

@@ -100,7 +100,7 @@ func (f nftFamily) identityChain(tun string) nftChain {
 			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: f.srcStart, Len: f.addrLen},
 			&expr.NAT{Type: expr.NATTypeSourceNAT, Family: uint32(f.family), RegAddrMin: 1},
 		),
-	}}
+	}, ""}
 }
 
 // kernelChains steer TCP into the listener at the address listen, which is of the family.
@@ -110,12 +110,12 @@ func (f nftFamily) kernelChains(tun string, listen netip.AddrPort) []nftChain {
 	return []nftChain{
 		{"raw", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, rawPriority, [][]expr.Any{
 			join(syn, &expr.Notrack{}),
-		}},
+		}, ""},
 		{"prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, steerPriority, [][]expr.Any{
 			join(syn, f.tproxy(listen), setMark(), accept()),
 			join(tcpFlags(all, expr.CmpOpNeq, tcpSYN),
 				&expr.Socket{Key: expr.SocketKeyTransparent, Register: 1}, equal([]byte{1}), setMark()),
-		}},
+		}, ""},
 		{"output", nftables.ChainTypeRoute, nftables.ChainHookOutput, steerPriority, [][]expr.Any{
 			join(isTCP(),
 				&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, equal([]byte{0}),
@@ -125,7 +125,7 @@ func (f nftFamily) kernelChains(tun string, listen netip.AddrPort) []nftChain {
 				tcpFlags(tcpSYN|tcpACK, expr.CmpOpEq, tcpSYN|tcpACK), elsewhere(expr.Fib{FlagSADDR: true}),
 				&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, withBit(),
 				&expr.Ct{Key: expr.CtKeyMARK, Register: 1, SourceRegister: true}),
-		}},
+		}, ""},
 	}
 }
 

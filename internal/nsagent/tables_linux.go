@@ -28,6 +28,8 @@ type tables struct {
 	nft    *nftSocket
 	owned  bool
 	loaded []loadedTable
+	// repairs keeps them where they are not owned, or is nil.
+	repairs *repairer
 }
 
 // loadedTable is one of them.
@@ -59,7 +61,10 @@ func (g *guest) loadTables(r *Report, k *kernelPath) {
 		}
 		return
 	}
-	g.tables = &tables{nft: nft, owned: !g.noOwner}
+	g.tables = &tables{nft: nft, owned: true}
+	if g.noOwner {
+		g.disown()
+	}
 	g.loadTable(nftIPv4, g.parts(nftIPv4, k.ip4.listen, r, &r.Kernel))
 	if r.Kernel != "" {
 		k.ip6.listen = netip.AddrPort{}
@@ -96,9 +101,12 @@ func (g *guest) loadTable(f nftFamily, parts []tablePart) {
 			t.loaded = append(t.loaded, l)
 			return
 		case part < 0 && t.owned && (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP)):
-			t.owned = false // a kernel that does not know of owners
+			g.disown()
 			continue
 		case part < 0 && t.foreign(f, err):
+			if t.removeStale(f) {
+				continue
+			}
 			if g.spec.Join != nil && time.Now().Before(deadline) {
 				time.Sleep(foreignTablePoll)
 				continue
@@ -117,6 +125,15 @@ func (g *guest) loadTable(f nftFamily, parts []tablePart) {
 	}
 }
 
+// disown makes do without owners, which the kernel does not know of. It costs only the
+// repair if that cannot be had.
+func (g *guest) disown() {
+	g.tables.owned = false
+	if err := g.watchTables(); err != nil {
+		g.logf("watch nftables", "table "+nftTable, err)
+	}
+}
+
 // load makes a family's table. With an error it says in which of the parts that was, or
 // -1 for the table itself; nothing is loaded then.
 func (t *tables) load(f nftFamily, parts []tablePart) (int, error) {
@@ -127,6 +144,7 @@ func (t *tables) load(f nftFamily, parts []tablePart) (int, error) {
 	batch, of := []nftMessage{m}, []int{-1}
 	for i, p := range parts {
 		for _, c := range p.chains {
+			c.comment = t.comment()
 			list, err := c.messages(f.family, nftTable)
 			if err != nil {
 				return i, err
@@ -152,6 +170,30 @@ func (t *tables) foreign(f nftFamily, err error) bool {
 		return err == nil && has
 	}
 	return errors.Is(err, unix.EEXIST)
+}
+
+// staleComment marks rules that stay when an agent is killed, for the next one.
+const staleComment = "made by slipway"
+
+// comment is that of each rule.
+func (t *tables) comment() string {
+	if t.owned {
+		return "" // they never stay
+	}
+	return staleComment
+}
+
+// removeStale removes a table that an agent which was killed has left.
+func (t *tables) removeStale(f nftFamily) bool {
+	if t.owned {
+		return false
+	}
+	ours, err := t.nft.allRulesHave(f.family, nftTable, staleComment)
+	if err != nil || !ours {
+		return false
+	}
+	m, err := delTable(f.family, nftTable)
+	return err == nil && t.nft.send([]nftMessage{m}) == nil
 }
 
 // owner returns the socket that owns the tables, for the daemon, or nil if there is
