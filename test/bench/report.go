@@ -181,6 +181,9 @@ func (p *report) goalLine(g goal, w row) []string {
 	if g.against != "" {
 		label, unit = label+", against "+g.against, " x"
 	}
+	if _, who := p.best(g.row, g.key); g.against == bestPeer && who != "" {
+		label += ", " + who
+	}
 	v, why := p.measured(g)
 	if why != "" {
 		return []string{label, "not measured: " + why, limit(g, g.first, unit), "", limit(g, g.final, unit), ""}
