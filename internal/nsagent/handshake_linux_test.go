@@ -3,10 +3,39 @@ package nsagent
 import (
 	"errors"
 	"os"
+	"slices"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 )
+
+// A guest without a device or a namespace is none, whatever else it sends.
+func TestTakeFiles(t *testing.T) {
+	file := new(os.File)
+	for _, c := range []struct {
+		names string
+		ok    bool
+	}{
+		{"tun netns", true},
+		{"netns nftables tun", true},
+		{"listener4 probe4 listener6 probe6 netns tun nftables", true},
+		{"tun", false},
+		{"netns listener4", false},
+		{"tun tun", false},
+		{"tun netns tun", false},
+		{"", false},
+	} {
+		names := strings.Fields(c.names)
+		a := new(Agent)
+		if got := a.take(names, slices.Repeat([]*os.File{file}, len(names))); got != c.ok {
+			t.Errorf("%s: %v, want %v", c.names, got, c.ok)
+		}
+		if c.ok && (a.kernel != nil) != strings.Contains(c.names, wireListener4) || c.ok && (a.nft != nil) != strings.Contains(c.names, wireNFT) {
+			t.Errorf("%s: took %+v, %v", c.names, a.kernel, a.nft)
+		}
+	}
+}
 
 // An agent that gave up while we mapped its users is asked why; our own error, that
 // there is nobody any more, says nothing.

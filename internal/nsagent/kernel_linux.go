@@ -1,7 +1,6 @@
 package nsagent
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -80,7 +79,7 @@ func (g *guest) prepareKernel(r *Report) *kernelPath {
 	defer nl.Close()
 	err = k.ip4.prepare(nl, g.spec.Gateway4)
 	if err == nil {
-		err = k.ip4.admitSources(g.spec.TUN.Name)
+		err = k.ip4.admit(g.spec.TUN.Name, g.spec.Join == nil)
 	}
 	if err != nil {
 		r.Kernel = err.Error()
@@ -237,96 +236,4 @@ func (k *kernelFamily) route(nl *netlink.Handle, gateway netip.Addr) error {
 	}
 	k.undo = append(k.undo, func() { netlink.RouteDel(route) })
 	return nil
-}
-
-// admitSources lets the guest's packets come in again by the device, with sources that
-// are the namespace's own (accept_local) or behind another device of it (rp_filter, by
-// RFC 3704 section 2.2). The device is ours and goes with us; IPv6 checks no sources.
-func (k *kernelFamily) admitSources(tun string) error {
-	if _, err := changeSysctl(tun, "accept_local", "1"); err != nil {
-		return fmt.Errorf("net.ipv4.conf.%s.accept_local cannot be set: %w", tun, err)
-	}
-	_, tunErr := changeSysctl(tun, "rp_filter", "0")
-	all, err := readSysctl("all", "rp_filter")
-	if err != nil {
-		return err
-	}
-	if all == "2" { // loose, and stronger than what the device says
-		return nil
-	}
-	if tunErr != nil {
-		return fmt.Errorf("net.ipv4.conf.%s.rp_filter cannot be set: %w", tun, tunErr)
-	}
-	if all == "1" {
-		if err := k.makeRoom(tun); err != nil {
-			return fmt.Errorf("net.ipv4.conf.all.rp_filter is 1 and cannot be changed: %w", err)
-		}
-	}
-	return nil
-}
-
-// makeRoom turns strict filtering of every device, which no device can be excepted from
-// (the kernel takes the larger value), into strict filtering of each but ours.
-func (k *kernelFamily) makeRoom(tun string) error {
-	// New devices first, so that none slips through.
-	if err := k.raise("default"); err != nil {
-		return err
-	}
-	devices, err := os.ReadDir(sysctlDir)
-	if err != nil {
-		return err
-	}
-	for _, d := range devices {
-		if n := d.Name(); n == "all" || n == "default" || n == tun {
-			continue
-		}
-		if err := k.raise(d.Name()); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
-		}
-	}
-	return k.change("all", "1", "0")
-}
-
-// raise makes a device's own filtering strict unless there is some.
-func (k *kernelFamily) raise(device string) error {
-	own, err := readSysctl(device, "rp_filter")
-	if err != nil || own != "0" {
-		return err
-	}
-	return k.change(device, "0", "1")
-}
-
-// change sets an rp_filter. Taking it back leaves alone what somebody has set since.
-func (k *kernelFamily) change(device, from, to string) error {
-	if _, err := changeSysctl(device, "rp_filter", to); err != nil {
-		return err
-	}
-	k.undo = append(k.undo, func() {
-		if now, err := readSysctl(device, "rp_filter"); err == nil && now == to {
-			changeSysctl(device, "rp_filter", from)
-		}
-	})
-	return nil
-}
-
-const sysctlDir = "/proc/sys/net/ipv4/conf/"
-
-// readSysctl reads net.ipv4.conf.DEVICE.NAME.
-func readSysctl(device, name string) (string, error) {
-	b, err := os.ReadFile(sysctlDir + device + "/" + name)
-	return string(bytes.TrimSpace(b)), err
-}
-
-// changeSysctl writes it unless it has that value, and tells whether it did. The error
-// is without the path.
-func changeSysctl(device, name, value string) (bool, error) {
-	if now, err := readSysctl(device, name); err == nil && now == value {
-		return false, nil
-	}
-	err := os.WriteFile(sysctlDir+device+"/"+name, []byte(value), 0)
-	var path *os.PathError
-	if errors.As(err, &path) {
-		err = path.Err
-	}
-	return err == nil, err
 }

@@ -22,6 +22,7 @@ func init() {
 		guestTest{"kernel_leaves_alone", testKernelLeavesAlone},
 		guestTest{"kernel_strict_filter", testKernelStrictFilter},
 		guestTest{"kernel_filter_changed", testKernelFilterChanged},
+		guestTest{"kernel_marks", testKernelMarks},
 		guestTest{"kernel_read_only_sysctls", testKernelReadOnlySysctls},
 		guestTest{"kernel_without_ipv6", testKernelWithoutIPv6},
 		guestTest{"kernel_not_asked", testKernelNotAsked},
@@ -403,6 +404,34 @@ func testKernelFilterChanged(t *testing.T) {
 	end(t, g.Agent)
 	if got := f.sh(t, "cat /proc/sys/net/ipv4/conf/all/rp_filter"); got != "2" {
 		t.Errorf("all.rp_filter is %s", got)
+	}
+}
+
+// Settings by which our mark would mean more than it should.
+func testKernelMarks(t *testing.T) {
+	inNamespace(t, func(t *testing.T) { // one of our own; it would be the host's that has it
+		for _, name := range []string{"conf/all/src_valid_mark", "conf/default/src_valid_mark", "tcp_fwmark_accept"} {
+			if err := changeSysctl(name, "1"); err != nil {
+				t.Error(err)
+			}
+			if err := admitMarks(true); err != nil {
+				t.Error(err)
+			}
+			if now, err := readSysctl(name); err != nil || now != "0" {
+				t.Errorf("%s is %q, %v", name, now, err)
+			}
+		}
+	})
+	for _, name := range []string{"conf/all/src_valid_mark", "conf/default/src_valid_mark", "tcp_fwmark_accept"} {
+		f := newForeign(t, ordinaryUser())
+		f.sh(t, "echo 1 >"+sysctlDir+name)
+		g := start(t, joinSpec(t, Join{PID: f.pid}))
+		if r := g.Report(); r.Kernel != sysctlName(name)+" is 1" || g.Kernel() != nil || r.SNAT != "" {
+			t.Errorf("%+v", r)
+		}
+		if got := f.sh(t, "cat "+sysctlDir+name); got != "1" {
+			t.Errorf("%s is %s now", name, got)
+		}
 	}
 }
 

@@ -142,10 +142,12 @@ func testTablesOfAnotherSlipway(t *testing.T) {
 	end(t, first.Agent)
 }
 
-// What a kernel lacks is named, and what does without it is there.
-func testTablesMissingExpression(t *testing.T) {
+// inNamespace runs f on a thread in a new network namespace. It does nothing as an
+// ordinary user: a process with threads gets one only as root.
+func inNamespace(t *testing.T, f func(*testing.T)) {
+	t.Helper()
 	if ordinaryUser() || !wholeHost(t) {
-		return // a process with threads gets a namespace only as root
+		return
 	}
 	done := make(chan struct{})
 	go func() {
@@ -155,10 +157,13 @@ func testTablesMissingExpression(t *testing.T) {
 			t.Error(err)
 			return
 		}
-		missingExpression(t)
+		f(t)
 	}()
 	<-done
 }
+
+// What a kernel lacks is named, and what does without it is there.
+func testTablesMissingExpression(t *testing.T) { inNamespace(t, missingExpression) }
 
 // missingExpression loads tables that ask for too much. There is no iptables match of
 // that name, and no chain of that type.
