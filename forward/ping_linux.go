@@ -233,7 +233,7 @@ type dgramPing struct {
 func (s *dgramPing) send(e flow.Echo, to netip.Addr) error { return s.out.send(&e, 0, to) }
 
 func (s *dgramPing) close() {
-	s.poll.remove(s.out.fd.fd)
+	s.poll.remove(s.out.fd.fd, s)
 	s.out.fd.close()
 }
 

@@ -300,7 +300,7 @@ func routeMTU(a netip.AddrPort) uint32 {
 }
 
 func (s *hostUDP) close() {
-	s.poll.remove(s.fd.fd)
+	s.poll.remove(s.fd.fd, s)
 	s.fd.close()
 }
 

@@ -19,6 +19,10 @@ import (
 // says so without a call that fails. When the set has nothing more to report the
 // goroutine waits for the set's own edge, which comes with every new event of a socket.
 //
+// With an event loop (UseLoop) the sockets are the loop's descriptors instead: the
+// thread that reads the guest's datagrams also receives the answers, and nobody has to
+// be woken.
+//
 // Measured on two cores, loopback, client - relay - echo server in three processes,
 // medians of 6 runs of 1 s:
 //
@@ -46,7 +50,9 @@ type poller struct {
 	epfd   int // valid while file is not nil
 	file   *os.File
 	socks  map[int32]pollable
-	loop   sync.WaitGroup
+	run    sync.WaitGroup
+
+	on *eventLoop // serves the sockets instead; set before the first add
 }
 
 // errPollerClosed is what add returns after close.
@@ -61,6 +67,9 @@ func (p *poller) add(fd int, s pollable) error {
 	defer p.mu.Unlock()
 	if p.closed {
 		return errPollerClosed
+	}
+	if p.on != nil {
+		return p.on.add(fd, s)
 	}
 	if p.file == nil {
 		if err := p.startLocked(); err != nil {
@@ -77,18 +86,28 @@ func (p *poller) add(fd int, s pollable) error {
 
 // again has ready called once more for fd if there is still something to read: setting
 // the events anew repeats the edge (epoll(7)). Only ready may call it.
-func (p *poller) again(fd int) { p.control(unix.EPOLL_CTL_MOD, fd) }
+func (p *poller) again(fd int) {
+	if p.on != nil {
+		p.on.more = true
+		return
+	}
+	p.control(unix.EPOLL_CTL_MOD, fd)
+}
 
 func (p *poller) control(op, fd int) error {
 	ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: int32(fd)}
 	return unix.EpollCtl(p.epfd, op, fd, &ev)
 }
 
-// remove stops to receive from fd; the caller closes it next. A call of ready may
+// remove stops to receive from fd for s; the caller closes it next. A call of ready may
 // still be running.
-func (p *poller) remove(fd int) {
+func (p *poller) remove(fd int, s pollable) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.on != nil {
+		p.on.remove(s)
+		return
+	}
 	delete(p.socks, int32(fd))
 }
 
@@ -109,12 +128,12 @@ func (p *poller) startLocked() error {
 		return fmt.Errorf("wait on epoll set: %w", err)
 	}
 	p.epfd, p.file, p.socks = epfd, file, make(map[int32]pollable)
-	p.loop.Go(func() { p.run(raw) })
+	p.run.Go(func() { p.receive(raw) })
 	return nil
 }
 
-// run receives until the set is closed.
-func (p *poller) run(raw syscall.RawConn) {
+// receive receives until the set is closed.
+func (p *poller) receive(raw syscall.RawConn) {
 	rx := newRecvBatch()
 	var events [pollEvents]unix.EpollEvent
 	some := func(fd uintptr) bool {
@@ -150,6 +169,9 @@ func (p *poller) close() {
 	p.mu.Unlock()
 	if file != nil {
 		file.Close()
-		p.loop.Wait()
+		p.run.Wait()
+	}
+	if p.on != nil {
+		p.on.loop.Do(func() {}) // no call of ready runs any more
 	}
 }

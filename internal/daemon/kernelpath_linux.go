@@ -88,6 +88,7 @@ func newKernelPath(s *services, files *nsagent.KernelSockets) (*kernelPath, erro
 
 // open makes the parts.
 func (k *kernelPath) open(s *services, e *engine) error {
+	e.forward.UseLoop(k.loop)
 	k.sockets = e.forward.NewSockets(k.loop)
 	var fds [2]int
 	for i, f := range []*os.File{k.files.Listener4, k.files.Listener6} {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -27,8 +28,7 @@ import (
 // sleep of its own: 5 to 25 us, most of a round trip between two processes. So while
 // waits have lately been short, shorter than spinMost, the thread asks for that long
 // before it goes to sleep (the halt polling of hypervisors does the same). It does not
-// after a bulk transfer, or with many descriptors busy, whose ends need the processor
-// more.
+// after a bulk transfer or with many descriptors busy.
 //
 // An event carries the number of a slot and the slot's generation. A handler that
 // removes another descriptor may do so while an event for it waits in the same batch;
@@ -72,9 +72,10 @@ const (
 	// processes on one machine. Measured on 2 cores: a TCP round trip of 64 bytes took
 	// 1.89 of native without, 1.60 with 25 us and 1.17 with 50 us.
 	spinMost = 50 * time.Microsecond
-	// spinBatch is how many events at once tell that there is enough to do for all
-	// processors: to ask would take one from those who have the next event to make.
-	spinBatch = 4
+	// busyMost is how long the handlers may have run for that to be worth it: after
+	// more, the wake-up is a small part of the work, and those who make the next event
+	// need the processor.
+	busyMost = 100 * time.Microsecond
 	// spinForget bounds one long wait's weight: after 8 short ones it is forgotten.
 	spinForget = 2 * spinMost
 )
@@ -88,13 +89,15 @@ type Loop struct {
 	epoll, wake int
 	done        chan struct{} // closed when the thread has ended
 
+	tid atomic.Int32 // of the thread, once it runs
+
 	// of the thread
 	slots  []slot
 	free   []uint32
 	again  []Ref
 	events [batch]unix.EpollEvent
 	quit   bool
-	calm   bool          // do not look again and again before the next wait
+	woke   time.Time     // the end of the last wait
 	usual  time.Duration // how long a wait took lately
 
 	mu     sync.Mutex // guards the fields below
@@ -176,6 +179,9 @@ func (l *Loop) Do(f func()) bool {
 	}
 	return ok
 }
+
+// Inside reports whether the caller runs on the thread.
+func (l *Loop) Inside() bool { return int32(unix.Gettid()) == l.tid.Load() }
 
 // signal wakes the thread.
 func (l *Loop) signal() {
@@ -272,6 +278,7 @@ func (l *Loop) run() {
 	defer close(l.done)
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
+	l.tid.Store(int32(unix.Gettid()))
 	var again []Ref
 	for !l.quit {
 		n := l.wait()
@@ -292,19 +299,20 @@ func (l *Loop) run() {
 // wait waits for events and returns how many there are.
 func (l *Loop) wait() int {
 	if len(l.again) > 0 {
-		l.calm = false
 		return l.poll(0)
 	}
 	begin := time.Now()
 	n := 0
-	for l.usual < spinMost && !l.calm && n == 0 && time.Since(begin) < spinMost {
-		n = l.poll(0)
+	if l.usual < spinMost && begin.Sub(l.woke) < busyMost {
+		for n == 0 && time.Since(begin) < spinMost {
+			n = l.poll(0)
+		}
 	}
 	if n == 0 {
 		n = l.poll(-1)
 	}
-	l.calm = n > spinBatch
-	l.usual += (min(time.Since(begin), spinForget) - l.usual) / 8
+	l.woke = time.Now()
+	l.usual += (min(l.woke.Sub(begin), spinForget) - l.usual) / 8
 	return n
 }
 
@@ -322,10 +330,6 @@ func (l *Loop) poll(milliseconds int) int {
 	}
 	return max(n, 0)
 }
-
-// Calm tells that what a handler did needs no haste afterwards: it moved so much that
-// the wake-up is a small part of it, and those it moved it for need the processor.
-func (l *Loop) Calm() { l.calm = true }
 
 // call runs one handler.
 func (l *Loop) call(r Ref, events uint32) {

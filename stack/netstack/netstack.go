@@ -110,6 +110,7 @@ type Stack struct {
 	dials dials
 	bufs  buffers
 
+	train      *train // nil unless Poll is used
 	kernel     kernelPath
 	kernelTodo atomic.Bool  // kernel has something to catch up with
 	served     atomic.Int64 // connections that gVisor has

@@ -81,7 +81,9 @@ const turn = 64
 // whether there may be more. It gives up, and tells failed, when the link fails.
 func (s *Stack) poll(l link.TryReader, failed chan<- error) func() (again bool) {
 	r := &reader{s: s, chunk: newChunk()}
+	s.train = new(train)
 	return func() bool {
+		defer s.sendTrain()
 		for range turn {
 			n, h, err := l.TryReadPacket(r.head[:], r.chunk.AsSlice()[headLen:])
 			switch {

@@ -97,10 +97,13 @@ func (s *Stack) udpFromGuest(ip *ipInfo, b []byte, verified bool, segment int) {
 		s.stats.malformed.Add(1)
 		return
 	}
-	s.forward.Datagram(flow.Datagram{
+	d := flow.Datagram{
 		Guest: guest, Target: target, Payload: payload, Segment: segment,
 		Hops: ip.hops - 1, TOS: ip.tos, DontFragment: ip.df,
-	})
+	}
+	if !s.collect(&d) {
+		s.forward.Datagram(d)
+	}
 }
 
 func udpChecksumOK(ip *ipInfo, b []byte) bool {
