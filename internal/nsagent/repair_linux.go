@@ -100,9 +100,10 @@ func (r *repairer) run() {
 	}
 }
 
-// await blocks until somebody else has removed anything of our tables, or may have.
+// await blocks until somebody else has removed anything of our tables, or may have. It
+// returns at the end of that transaction, which may come in several datagrams.
 func (r *repairer) await() error {
-	for {
+	for touched := false; ; {
 		events, err := r.events.receive()
 		switch {
 		case errors.Is(err, unix.ENOBUFS): // events were lost
@@ -111,8 +112,11 @@ func (r *repairer) await() error {
 			return err
 		}
 		for _, e := range events {
-			if e.Header.Pid != r.self && removesOurs(e) {
+			switch {
+			case e.Header.Type == unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWGEN && touched:
 				return nil
+			case e.Header.Pid != r.self && removesOurs(e):
+				touched = true
 			}
 		}
 	}
