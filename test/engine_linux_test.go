@@ -135,6 +135,7 @@ type engine struct {
 type engineOptions struct {
 	user
 	name      string
+	path      string // of --path; empty leaves the choice to slipway
 	flags     []string
 	noCapture bool // for what floods or is measured
 }
@@ -161,7 +162,11 @@ func startEngine(t testing.TB, net *topo.Topology, o engineOptions) *engine {
 	}
 	e := &engine{user: o.user, name: o.name, net: net, done: make(chan struct{})}
 	e.before = snapshot(t, net)
-	args := append([]string{"run", "--name", o.name}, o.flags...)
+	args := []string{"run", "--name", o.name}
+	if o.path != "" {
+		args = append(args, "--path", o.path)
+	}
+	args = append(args, o.flags...)
 	// cat ends when our end of its standard input closes, also if we are killed.
 	e.cmd = e.slipway(append(args, "--", "sh", "-c", "echo $$; readlink /proc/self/ns/net; exec cat")...)
 	stdin, out := e.begin(t)

@@ -23,13 +23,19 @@ type kind struct {
 	name string
 	user
 	native bool
+	path   string // of slipway's --path
 }
+
+// kernel tells whether the guest's own kernel ends its connections.
+func (k kind) kernel() bool { return k.path == "kernel" }
 
 // kinds are all of them. A new path adds its rows here and has every test.
 var kinds = []kind{
 	{name: "native", native: true},
-	{name: "netstack"},
-	{name: "netstack-rootless", user: user{rootless: true}},
+	{name: "netstack", path: "netstack"},
+	{name: "netstack-rootless", user: user{rootless: true}, path: "netstack"},
+	{name: "kernel", path: "kernel"},
+	{name: "kernel-rootless", user: user{rootless: true}, path: "kernel"},
 }
 
 // eachGuest runs the suite once for every kind, on a fresh topology each.
@@ -78,7 +84,7 @@ func newGuest(t testing.TB, n *topo.Topology, k kind, o engineOptions) *guest {
 		})
 		return &guest{net: n, ns: ns, kind: k}
 	}
-	o.user = k.user
+	o.user, o.path = k.user, k.path
 	e := startEngine(t, n, o)
 	return &guest{net: n, ns: e.guest, kind: k, engine: e}
 }
