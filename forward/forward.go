@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/slipway-net/slipway/internal/flow"
 	"github.com/slipway-net/slipway/internal/flow/table"
 )
@@ -41,6 +43,7 @@ type Forwarder struct {
 	udp    *udpMaps
 	pings  *pings
 	tcp    *share
+	wants  *rate.Limiter // of warnings that a dial failed for want of something
 	stats  tcpCounters
 
 	mu     sync.Mutex // guards the fields below
@@ -69,7 +72,7 @@ func New(cfg Config) *Forwarder {
 	}
 	f := &Forwarder{
 		table: cfg.Table, policy: cfg.Policy, log: log,
-		tcp: newShare(cfg.MaxTCP), relays: make(map[*relay]struct{}),
+		tcp: newShare(cfg.MaxTCP), wants: rate.NewLimiter(rate.Every(time.Second), 5), relays: make(map[*relay]struct{}),
 	}
 	f.idle.L = &f.mu
 	f.udp = newUDPMaps(udpConfig{Guest: cfg.Guest, Table: cfg.Table, Policy: cfg.Policy, Log: log, Max: cfg.MaxUDP})
@@ -164,7 +167,9 @@ func (f *Forwarder) failed(t flow.Tuple, err error) flow.Verdict {
 			break
 		}
 		f.stats.failed.Add(1)
-		f.log.Warn("dial failed for want of something on the host", slog.Any("flow", t), slog.Any("err", err))
+		if f.wants.Allow() {
+			f.log.Warn("dial failed for want of something on the host", slog.Any("flow", t), slog.Any("err", err))
+		}
 	}
 	return v
 }

@@ -131,9 +131,6 @@ func (p *Path) Stats() Stats {
 	}
 }
 
-// Serves reports whether there is a listener for a's family.
-func (p *Path) Serves(a netip.Addr) bool { return p.listeners[family(a)].fd >= 0 }
-
 func family(a netip.Addr) int {
 	if a.Is4() {
 		return 0
