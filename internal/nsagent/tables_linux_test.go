@@ -4,7 +4,7 @@ import (
 	"bufio"
 	"errors"
 	"log/slog"
-	"runtime"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -149,17 +149,24 @@ func inNamespace(t *testing.T, f func(*testing.T)) {
 	if ordinaryUser() || !wholeHost(t) {
 		return
 	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // and the thread ends with the goroutine
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			t.Error(err)
-			return
+	onThread(func() {
+		before, err := os.Open("/proc/thread-self/ns/net")
+		if err != nil {
+			t.Fatal(err)
 		}
+		defer before.Close()
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			t.Fatal(err)
+		}
+		// Back again, even if it fails: a thread that is the process's first never
+		// ends, and stands for the process.
+		defer func() {
+			if err := unix.Setns(fdOf(t, before), unix.CLONE_NEWNET); err != nil {
+				panic(err)
+			}
+		}()
 		f(t)
-	}()
-	<-done
+	})
 }
 
 // What a kernel lacks is named, and what does without it is there.
