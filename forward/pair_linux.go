@@ -2,6 +2,7 @@ package forward
 
 import (
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -33,7 +34,11 @@ import (
 //   - an error on either side resets both (SO_LINGER 0, socket(7)): a peer must not see
 //     an orderly end of something that was cut off, and a reset leaves no TIME_WAIT to
 //     use up the host's ports. An error is noticed even while nothing can be written:
-//     epoll reports it whatever is asked for.
+//     epoll reports it whatever is asked for. Where a reset was read behind data, the
+//     other side gets that data first, as long as it takes it: a server that refuses an
+//     upload answers, and closes with what it did not read, which is a reset right behind
+//     the answer.
+//   - urgent data is read in line with all other, without its mark.
 //
 // A busy flow stops after turnRounds and is called again after the others.
 //
@@ -57,6 +62,7 @@ type pair struct {
 	flow *flow.Flow
 	legs [2]leg // guest, host
 	over bool
+	last *drain // the end of it, once one side was reset
 }
 
 // leg is one socket of a pair.
@@ -68,6 +74,7 @@ type leg struct {
 	readable bool // there may be something to read
 	writable bool // it may take more
 	ended    bool // the kernel told of a FIN or an error: read on until it shows
+	urgent   bool // there was urgent data: reads stop at its mark, splice(2) for good
 	failed   bool // the socket has an error
 	eof      bool // its FIN was read
 	shut     bool // our FIN was sent to it
@@ -92,13 +99,20 @@ func (l *leg) Ready(events uint32) bool {
 	if events&loop.Failed != 0 {
 		l.failed = true
 	}
+	if events&loop.Urgent != 0 {
+		l.urgent, l.readable = true, true
+	}
 	p := l.pair
+	if p.last != nil {
+		p.last.look()
+		return false
+	}
 	o := p.other(l)
 	more := p.pump(l, o)
-	if !p.over {
+	if !p.over && p.last == nil {
 		more = p.pump(o, l) || more
 	}
-	if p.over {
+	if p.over || p.last != nil {
 		return false
 	}
 	if l.failed && !more { // and reading did not bring it up: the other side is blocked
@@ -146,7 +160,7 @@ func (p *pair) pump(src, dst *leg) (more bool) {
 
 // carry does one read and what follows from it; false ends the turn.
 func (p *pair) carry(src, dst *leg) bool {
-	if src.bulk {
+	if src.bulk && !src.urgent {
 		if pp := p.s.pipes.get(); pp != nil {
 			return p.splice(src, dst, pp)
 		}
@@ -158,12 +172,12 @@ func (p *pair) carry(src, dst *leg) bool {
 func (p *pair) copy(src, dst *leg) bool {
 	n, errno := rawRead(src.fd, p.s.scratch)
 	if errno != 0 || n == 0 {
-		return p.readEnd(src, errno)
+		return p.readEnd(src, dst, errno)
 	}
 	b := p.s.scratch[:n]
 	if n == len(p.s.scratch) {
 		src.bulk, src.short = true, 0
-	} else if !src.ended {
+	} else if !src.ended && !src.urgent {
 		src.readable = false // a short read has emptied the socket (epoll(7), Q9)
 	}
 	m, errno := rawWrite(dst.fd, b)
@@ -188,9 +202,13 @@ func (p *pair) copy(src, dst *leg) bool {
 // splice reads once into pp and writes what it got.
 func (p *pair) splice(src, dst *leg, pp *pipe) bool {
 	n, errno := rawSplice(src.fd, pp.w, pipeBytes)
-	if errno != 0 || n == 0 {
+	if n == 0 && errno == 0 { // the end, or urgent data: read(2) knows
 		p.s.pipes.put(pp)
-		return p.readEnd(src, errno)
+		return p.copy(src, dst)
+	}
+	if errno != 0 {
+		p.s.pipes.put(pp)
+		return p.readEnd(src, dst, errno)
 	}
 	if n >= bulkFloor {
 		src.short = 0
@@ -199,11 +217,11 @@ func (p *pair) splice(src, dst *leg, pp *pipe) bool {
 	}
 	pp.n = n
 	dst.pipe = pp
-	return p.flush(src, dst) || !p.over
+	return p.flush(src, dst) || !p.over && p.last == nil
 }
 
 // readEnd handles a read that brought nothing; it reports whether to go on.
-func (p *pair) readEnd(src *leg, errno syscall.Errno) bool {
+func (p *pair) readEnd(src, dst *leg, errno syscall.Errno) bool {
 	switch errno {
 	case 0:
 		src.eof = true
@@ -215,7 +233,7 @@ func (p *pair) readEnd(src *leg, errno syscall.Errno) bool {
 	case unix.EINTR:
 		return true
 	}
-	p.abort()
+	p.reset(dst)
 	return false
 }
 
@@ -291,9 +309,20 @@ func (p *pair) abort() {
 	p.end()
 }
 
+// reset passes a reset on to dst, behind what was written to it.
+func (p *pair) reset(dst *leg) {
+	src := p.other(dst)
+	lingerNone(src.fd)
+	p.last = &drain{pair: p, leg: dst, since: time.Now(), until: time.Now().Add(drainMost)}
+	p.last.look()
+}
+
 // end closes both sockets and lets go of everything.
 func (p *pair) end() {
 	p.over = true
+	if p.last != nil && p.last.timer != nil {
+		p.last.timer.Stop()
+	}
 	for i := range p.legs {
 		l := &p.legs[i]
 		p.s.loop.Forget(l.ref)

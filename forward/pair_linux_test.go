@@ -247,3 +247,30 @@ func TestSocketsCloseResets(t *testing.T) {
 		}
 	}
 }
+
+// TestPairResetBehindData has one side send, wait for the acknowledgement, and reset.
+func TestPairResetBehindData(t *testing.T) {
+	for range 20 {
+		j := newPairing(t)
+		b := make([]byte, 1<<20)
+		rand.Read(b)
+		go func() {
+			j.host.Write(b)
+			raw, _ := j.host.SyscallConn()
+			raw.Control(func(fd uintptr) {
+				for {
+					if n, err := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ); n == 0 || err != nil {
+						return
+					}
+				}
+			})
+			j.host.SetLinger(0)
+			j.host.Close()
+		}()
+		got, err := io.ReadAll(j.guest)
+		if !bytes.Equal(got, b) || !errors.Is(err, syscall.ECONNRESET) {
+			t.Fatalf("read %d of %d bytes, then %v", len(got), len(b), err)
+		}
+		j.waitClosed()
+	}
+}

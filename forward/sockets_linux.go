@@ -235,7 +235,7 @@ func (s *Sockets) Join(guest int, v flow.Verdict) {
 		l := &p.legs[i]
 		var err error
 		// Adding reports at once what is there already.
-		if l.ref, err = s.loop.Add(l.fd, loop.Readable|loop.Writable|loop.PeerShut, l); err != nil {
+		if l.ref, err = s.loop.Add(l.fd, loop.Readable|loop.Writable|loop.PeerShut|loop.Urgent, l); err != nil {
 			p.abort()
 			return
 		}

@@ -39,6 +39,7 @@ const (
 	Readable = unix.EPOLLIN
 	Writable = unix.EPOLLOUT
 	PeerShut = unix.EPOLLRDHUP // the peer sent FIN
+	Urgent   = unix.EPOLLPRI   // there is urgent data
 	HangUp   = unix.EPOLLHUP   // both directions have ended
 	Failed   = unix.EPOLLERR   // the socket has an error, as after a RST
 )

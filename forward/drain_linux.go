@@ -1,0 +1,69 @@
+package forward
+
+import (
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A reset discards what the kernel still has to send (SO_LINGER 0). So a side that is to
+// be reset behind data is looked at until its peer has acknowledged everything, or takes
+// no more.
+const (
+	drainLook  = 2 * time.Millisecond  // between two looks
+	drainStill = 50 * time.Millisecond // without an acknowledgement: the peer does not read
+	drainMost  = 5 * time.Second       // for a peer that reads slowly
+)
+
+// drain is the wait of a pair for leg, whose other side was reset.
+type drain struct {
+	pair  *pair
+	leg   *leg
+	left  int       // what was unsent at the last look
+	since time.Time // when that changed last
+	until time.Time
+	timer *time.Timer
+}
+
+// look ends the pair when nothing is left to wait for, and else has itself called again.
+func (d *drain) look() {
+	p := d.pair
+	if !p.flush(p.other(d.leg), d.leg) && p.over {
+		return
+	}
+	now := time.Now()
+	left := d.unsent()
+	if left != d.left {
+		d.left, d.since = left, now
+	}
+	if left == 0 || now.Sub(d.since) > drainStill || now.After(d.until) || p.s.closed {
+		p.abort()
+		return
+	}
+	if d.timer == nil {
+		d.timer = time.AfterFunc(drainLook, func() {
+			p.s.loop.Post(func() {
+				if !p.over {
+					d.timer = nil
+					d.look()
+				}
+			})
+		})
+	}
+}
+
+// unsent is how many bytes the peer has not acknowledged (SIOCOUTQ, tcp(7)), and what the
+// socket did not take yet.
+func (d *drain) unsent() int {
+	n, err := unix.IoctlGetInt(d.leg.fd, unix.SIOCOUTQ)
+	if err != nil {
+		return 0
+	}
+	if d.leg.left != nil {
+		n += len(d.leg.left.Bytes)
+	}
+	if d.leg.pipe != nil {
+		n += d.leg.pipe.n
+	}
+	return n
+}
