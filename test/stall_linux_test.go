@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/slipway-net/slipway/test/topo"
+	"golang.org/x/sys/unix"
 )
 
 // The stall matrix: sizes, ways to end and ways to be slow, both families, both
@@ -391,4 +392,333 @@ func expectPath(t testing.TB, g *guest, connections uint64) {
 	if g.onKernel() && n < int64(connections) || !g.onKernel() && n != 0 {
 		t.Errorf("%d of %d connections took the kernel path", n, connections)
 	}
+}
+
+// TestResetWhileBlocked: neither side reads, both directions are full. A reset passes
+// all the same, at once.
+func TestResetWhileBlocked(t *testing.T) {
+	eachGuest(t, func(t *testing.T, g *guest) {
+		eachFamily(t, func(t *testing.T, f family) {
+			for _, by := range []string{"guest", "target"} {
+				t.Run("by "+by, func(t *testing.T) {
+					c, peer := connected(t, g, f)
+					both(func() error { fill(c); return nil }, func() error { fill(peer); return nil })
+					resetter, other := c, peer
+					if by == "target" {
+						resetter, other = peer, c
+					}
+					seen := make(chan error, 1)
+					go func() {
+						other.SetWriteDeadline(time.Now().Add(10 * time.Second))
+						_, err := other.Write(make([]byte, 64<<20))
+						seen <- err
+					}()
+					time.Sleep(100 * time.Millisecond) // it blocks
+					start := time.Now()
+					resetter.SetLinger(0)
+					resetter.Close()
+					if err := receive(t, seen); !errors.Is(err, syscall.ECONNRESET) || time.Since(start) > time.Second {
+						t.Errorf("after %v the blocked side saw %v, not a reset at once", time.Since(start), err)
+					}
+				})
+			}
+		})
+	})
+}
+
+// connected returns both ends of a new connection.
+func connected(t testing.TB, g *guest, f family) (guest, target *net.TCPConn) {
+	t.Helper()
+	ch := make(chan *net.TCPConn, 1)
+	a := serve(t, g.net.World, at(f.world, 0), func(c *net.TCPConn) { ch <- c })
+	guest = dial(t, g.ns, a)
+	target = receive(t, ch)
+	target.SetDeadline(time.Now().Add(15 * time.Second))
+	return guest, target
+}
+
+// fill writes until nothing has been taken for half a second.
+func fill(c *net.TCPConn) {
+	for b := make([]byte, 1<<20); ; {
+		c.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
+		if n, err := c.Write(b); err != nil && n == 0 {
+			return
+		}
+	}
+}
+
+// TestResetBehindData: what the other side's kernel has acknowledged is read before the
+// reset is seen, as long as somebody reads. Through slipway it is slipway that has
+// acknowledged, and what was still on the way from there is lost when it is more than a
+// TCP sends without being asked to (RFC 6928, ten segments).
+func TestResetBehindData(t *testing.T) {
+	eachGuest(t, func(t *testing.T, g *guest) {
+		eachFamily(t, func(t *testing.T, f family) {
+			for _, by := range []string{"guest", "target"} {
+				for _, size := range []int{1, 1 << 10, 64 << 10, 1 << 20} {
+					t.Run(fmt.Sprintf("%d bytes by %s", size, by), func(t *testing.T) {
+						c, peer := connected(t, g, f)
+						from, to := c, peer
+						if by == "target" {
+							from, to = peer, c
+						}
+						data := cachedPattern(size)
+						got := make(chan []byte, 1)
+						var end error
+						go func() {
+							var b []byte
+							b, end = io.ReadAll(to)
+							got <- b
+						}()
+						if _, err := from.Write(data); err != nil {
+							t.Fatal(err)
+						}
+						if !eventually(10*time.Second, func() bool { return unacknowledged(t, from) == 0 }) {
+							t.Fatal("the data are not acknowledged within 10 s")
+						}
+						from.SetLinger(0)
+						from.Close()
+						b := receive(t, got)
+						promised := g.engine == nil || size <= 10*1400
+						if promised && len(b) != size || !bytes.HasPrefix(data, b) || !errors.Is(end, syscall.ECONNRESET) {
+							t.Errorf("read %d of %d acknowledged bytes, then %v", len(b), size, end)
+						}
+					})
+				}
+			}
+		})
+	})
+}
+
+// unacknowledged is how many bytes the other side's kernel has not confirmed, tcp(7)
+// SIOCOUTQ.
+func unacknowledged(t testing.TB, c *net.TCPConn) (n int) {
+	t.Helper()
+	raw, err := c.SyscallConn()
+	if err == nil {
+		cerr := raw.Control(func(fd uintptr) { n, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) })
+		err = errors.Join(err, cerr)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// TestTargetGoesFirst: the target ends while the guest is in the middle of 16 MiB. Its
+// FIN alone stops nothing; a close, which TCP tells by a reset at the next data, does.
+func TestTargetGoesFirst(t *testing.T) {
+	const size = 16 << 20
+	data := cachedPattern(size)
+	eachGuest(t, func(t *testing.T, g *guest) {
+		eachFamily(t, func(t *testing.T, f family) {
+			t.Run("half", func(t *testing.T) {
+				c, peer := connected(t, g, f)
+				err := both(func() error {
+					_, err := c.Write(data)
+					return errors.Join(err, c.CloseWrite())
+				}, func() error {
+					if _, err := io.ReadFull(peer, make([]byte, 1<<20)); err != nil {
+						return err
+					}
+					if err := peer.CloseWrite(); err != nil {
+						return err
+					}
+					time.Sleep(200 * time.Millisecond)
+					rest, err := io.ReadAll(peer)
+					if !bytes.Equal(rest, data[1<<20:]) {
+						err = errors.Join(err, fmt.Errorf("%d bytes came after the FIN, or other ones", len(rest)))
+					}
+					return err
+				})
+				if err != nil {
+					t.Error(err)
+				}
+				expectAll(t, c, "")
+			})
+			t.Run("whole", func(t *testing.T) {
+				c, peer := connected(t, g, f)
+				ended := make(chan error, 1)
+				go func() {
+					_, err := c.Write(data)
+					for err == nil {
+						_, err = c.Write(data)
+					}
+					ended <- err
+				}()
+				io.ReadFull(peer, make([]byte, 1<<20))
+				peer.Close()
+				if err := receive(t, ended); !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+					t.Errorf("write ended with %v", err)
+				}
+			})
+		})
+	})
+}
+
+// TestCloseTogether closes 200 connections from both sides in the same moment.
+func TestCloseTogether(t *testing.T) {
+	const count = 200
+	eachGuest(t, func(t *testing.T, g *guest) {
+		eachFamily(t, func(t *testing.T, f family) {
+			ch := make(chan *net.TCPConn, count)
+			a := serve(t, g.net.World, at(f.world, 0), func(c *net.TCPConn) { ch <- c })
+			var ends []*net.TCPConn
+			for range count {
+				ends = append(ends, dial(t, g.ns, a), receive(t, ch))
+			}
+			now := make(chan struct{})
+			result := make(chan error, len(ends))
+			for _, c := range ends {
+				c.SetDeadline(time.Now().Add(15 * time.Second))
+				go func() {
+					<-now
+					_, err := c.Write([]byte("last words"))
+					err = errors.Join(err, c.CloseWrite())
+					got, rerr := io.ReadAll(c)
+					if string(got) != "last words" {
+						err = errors.Join(err, fmt.Errorf("read %q", got))
+					}
+					c.Close()
+					result <- errors.Join(err, rerr)
+				}()
+			}
+			close(now)
+			for range ends {
+				if err := receive(t, result); err != nil {
+					t.Error(err)
+				}
+			}
+			if g.engine != nil && !eventually(5*time.Second, func() bool { return len(readFlows(t, g.engine)) == 0 }) {
+				t.Errorf("flows that ended are still listed: %v", readFlows(t, g.engine))
+			}
+		})
+	})
+}
+
+// TestMessageSizes sends messages around the sizes of buffers and pipes and waits for
+// each to come back: nothing may wait for more.
+func TestMessageSizes(t *testing.T) {
+	var sizes []int
+	for _, n := range []int{1, 4 << 10, 16 << 10, 32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20} {
+		sizes = append(sizes, n-1, n, n+1)
+	}
+	// After a bulk transfer small ones, and back: the relay changes its ways.
+	sizes = append(sizes[1:], 8<<20, 1, 2, 3, 4, 5, 65536, 65535, 65537, 4<<20, 131071, 131072, 131073, 1)
+	eachGuest(t, func(t *testing.T, g *guest) {
+		eachFamily(t, func(t *testing.T, f family) {
+			c, peer := connected(t, g, f)
+			for _, n := range sizes {
+				data := cachedPattern(n)
+				for _, way := range []struct {
+					name     string
+					from, to *net.TCPConn
+				}{{"up", c, peer}, {"down", peer, c}} {
+					deadline := time.Now().Add(5 * time.Second)
+					c.SetDeadline(deadline)
+					peer.SetDeadline(deadline)
+					got := make([]byte, n)
+					err := both(func() error { _, err := way.from.Write(data); return err },
+						func() error { _, err := io.ReadFull(way.to, got); return err })
+					if err != nil || !bytes.Equal(got, data) {
+						t.Fatalf("%d bytes %s: intact %v, %v", n, way.name, bytes.Equal(got, data), err)
+					}
+				}
+			}
+		})
+	})
+}
+
+// TestUrgent: urgent data (RFC 6093 advises against it) must not disturb the bytes around
+// it. A reader without SO_OOBINLINE never sees the urgent byte natively; through slipway
+// it is lost or comes in line, and nothing else changes.
+func TestUrgent(t *testing.T) {
+	const urgent = '!'
+	eachGuest(t, func(t *testing.T, g *guest) {
+		eachFamily(t, func(t *testing.T, f family) {
+			for _, by := range []string{"guest", "target"} {
+				for _, size := range []int{3, 1000, 1 << 20} {
+					for _, paused := range []bool{false, true} {
+						t.Run(fmt.Sprintf("by %s, %d bytes, paused=%v", by, size, paused), func(t *testing.T) {
+							c, peer := connected(t, g, f)
+							from, to := c, peer
+							if by == "target" {
+								from, to = peer, c
+							}
+							data := bytes.ReplaceAll(cachedPattern(size), []byte{urgent}, []byte{'.'})
+							got := make(chan []byte, 1)
+							all := make(chan struct{})
+							var end error
+							go func() {
+								var b []byte
+								b, end = readUntil(to, 2*size, urgent, func() { close(all) })
+								got <- b
+							}()
+							// While slipway sleeps all of it comes to lie in one queue.
+							if paused = paused && g.engine != nil; paused {
+								g.engine.cmd.Process.Signal(syscall.SIGSTOP)
+							}
+							sent := make(chan error, 1)
+							go func() {
+								_, err := from.Write(data)
+								err = errors.Join(err, sendUrgent(from, urgent))
+								_, werr := from.Write(data)
+								sent <- errors.Join(err, werr)
+							}()
+							if paused {
+								time.Sleep(50 * time.Millisecond)
+								g.engine.cmd.Process.Signal(syscall.SIGCONT)
+							}
+							if err := receive(t, sent); err != nil {
+								t.Fatal(err)
+							}
+							// It must arrive by itself, not when the FIN shakes it loose.
+							select {
+							case <-all:
+							case <-time.After(3 * time.Second):
+								t.Error("what was sent has not arrived after 3 s")
+							}
+							from.CloseWrite()
+							b := receive(t, got)
+							without := bytes.ReplaceAll(b, []byte{urgent}, nil)
+							if !bytes.Equal(without, append(slices.Clip(data), data...)) || len(b) > len(without)+1 || end != nil {
+								t.Errorf("%d bytes of %d came, end %v", len(b), 2*size, end)
+							}
+						})
+					}
+				}
+			}
+		})
+	})
+}
+
+// readUntil reads to the end, and calls all once when n bytes other than skip have come.
+func readUntil(c net.Conn, n int, skip byte, all func()) (got []byte, err error) {
+	buf := make([]byte, 64<<10)
+	for come := 0; ; {
+		k, err := c.Read(buf)
+		got = append(got, buf[:k]...)
+		before := come
+		if come += k - bytes.Count(buf[:k], []byte{skip}); before < n && come >= n {
+			all()
+		}
+		if err != nil {
+			if err == io.EOF {
+				err = nil
+			}
+			return got, err
+		}
+	}
+}
+
+func sendUrgent(c *net.TCPConn, b byte) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	werr := raw.Write(func(fd uintptr) bool {
+		err = unix.Sendto(int(fd), []byte{b}, unix.MSG_OOB, nil)
+		return err != unix.EAGAIN
+	})
+	return errors.Join(err, werr)
 }
