@@ -87,9 +87,9 @@ func (r *repairer) run() {
 		}
 		for {
 			n, err := r.repair()
-			if n > 0 && (err != nil || time.Since(logged) > repairLog) {
+			if n > 0 && time.Since(logged) > repairLog {
 				logged = time.Now()
-				r.logf(fmt.Sprintf("put the rules back, %d times so far", n), "table "+nftTable, err)
+				r.logf(fmt.Sprintf("put the rules back, time %d", n), "table "+nftTable, err)
 			}
 			if err == nil {
 				break
