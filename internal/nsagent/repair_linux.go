@@ -89,7 +89,7 @@ func (r *repairer) run() {
 			n, err := r.repair()
 			if n > 0 && time.Since(logged) > repairLog {
 				logged = time.Now()
-				r.logf(fmt.Sprintf("put the rules back, time %d", n), "table "+nftTable, err)
+				r.logf("put the rules back", "table "+nftTable, err)
 			}
 			if err == nil {
 				break
