@@ -124,6 +124,13 @@ func (c *hostConn) CloseWrite() error {
 	return serr
 }
 
+// Drained implements flow.Conn (SIOCOUTQ, tcp(7)).
+func (c *hostConn) Drained() bool {
+	left, err := 0, error(nil)
+	cerr := c.raw.Control(func(fd uintptr) { left, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) })
+	return left == 0 || err != nil || cerr != nil
+}
+
 // Abort implements flow.Conn: SO_LINGER with a time of 0 turns close(2) into a RST
 // (socket(7)), which also leaves no TIME_WAIT behind.
 func (c *hostConn) Abort() {

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"io"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/slipway-net/slipway/internal/flow"
 )
@@ -21,7 +23,7 @@ import (
 // A FIN is passed on as a half close and ends that direction only (RFC 9293 section
 // 3.6); the other may go on for as long as it likes. A reset, or any other error,
 // ends both directions with a reset of both sides: a guest must not see an orderly
-// end of something that was cut off. When both directions have ended in order both
+// end of something that was cut off. What was read before a reset is delivered first. When both directions have ended in order both
 // sides are closed.
 //
 // Counters are kept here, in the flow's entry, and not by wrapping connections.
@@ -30,12 +32,50 @@ import (
 type relay struct {
 	guest, host flow.Conn
 	flow        *flow.Flow
+	resetting   atomic.Bool // one side was reset, and the other hears of it soon
+	aborted     atomic.Bool
 }
 
 // abort resets both sides and so ends both directions.
 func (r *relay) abort() {
+	r.aborted.Store(true)
 	r.guest.Abort()
 	r.host.Abort()
+}
+
+const (
+	// resetLook is how often a side that is to be reset is looked at.
+	resetLook = 2 * time.Millisecond
+	// resetMost is how long it may take to acknowledge what was written before: a
+	// side that does not read must hear of the reset, too.
+	resetMost = 500 * time.Millisecond
+)
+
+// reset passes the reset of one side on to the other, dst, behind what was written to
+// it: a server that refuses an upload answers and closes with what it did not read, and
+// the guest must get the answer.
+func (r *relay) reset(dst flow.Conn) {
+	if r.resetting.Swap(true) {
+		return // so was the other
+	}
+	defer r.abort()
+	if dst == r.host {
+		r.guest.Abort()
+	} else {
+		r.host.Abort()
+	}
+	for end := time.Now().Add(resetMost); !dst.Drained() && !r.aborted.Load() && time.Now().Before(end); {
+		time.Sleep(resetLook)
+	}
+	time.Sleep(resetLook) // for the last segment
+}
+
+// fail ends both directions because something could not be written, unless reset is
+// about to do it.
+func (r *relay) fail() {
+	if !r.resetting.Load() {
+		r.abort()
+	}
 }
 
 // Relay joins guest with v.Host until both have ended, or ctx does, and closes both.
@@ -92,12 +132,12 @@ func (r *relay) pump(dst, src flow.Conn, count *flow.Counter, pool *flow.BufPool
 		if errors.Is(err, io.EOF) {
 			r.flow.SetState(flow.HalfOpen)
 			if dst.CloseWrite() != nil {
-				r.abort() // the other side was reset meanwhile
+				r.fail() // the other side was reset meanwhile
 			}
 			return
 		}
 		if err != nil {
-			r.abort()
+			r.reset(dst)
 			return
 		}
 		n, err := dst.Write(buf.Bytes)
@@ -106,7 +146,7 @@ func (r *relay) pump(dst, src flow.Conn, count *flow.Counter, pool *flow.BufPool
 			count.Add(n)
 		}
 		if err != nil {
-			r.abort()
+			r.fail()
 			return
 		}
 	}

@@ -19,6 +19,10 @@ type Conn interface {
 	// CloseWrite sends FIN: the peer reads io.EOF, and we may go on reading.
 	CloseWrite() error
 
+	// Drained reports whether the peer has acknowledged what was written, but for
+	// a segment or two. Nothing may be written after the first call.
+	Drained() bool
+
 	// Abort ends the connection with a RST (RFC 9293 section 3.10.5) and
 	// makes blocked calls return. It may be called at any time, repeatedly,
 	// and before or after Close.

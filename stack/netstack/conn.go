@@ -175,6 +175,13 @@ func (c *guestConn) CloseWrite() error {
 	return nil
 }
 
+// Drained implements flow.Conn. gVisor does not tell how much is unacknowledged, but
+// whether there is room, and the room can be made small.
+func (c *guestConn) Drained() bool {
+	c.ep.SocketOptions().SetSendBufferSize(tcp.MinBufferSize, false)
+	return c.ep.Readiness(waiter.WritableEvents) != 0
+}
+
 // Abort implements flow.Conn.
 func (c *guestConn) Abort() {
 	if !c.end(c.ep.Abort) && !c.delivered() {
