@@ -69,7 +69,7 @@ func (p *report) tableOf(ws []row, ds []driver) string {
 	}
 	lines := [][]string{head, rule}
 	for _, w := range ws {
-		if !slices.ContainsFunc(ds, func(d driver) bool { return p.takesPart(w, d) }) {
+		if !slices.ContainsFunc(ds, func(d driver) bool { return p.takesPart(w, d) && (d.name != "native" || len(ds) == 1) }) {
 			continue
 		}
 		for _, m := range w.metrics {
