@@ -378,9 +378,6 @@ func expectLoss(t testing.TB, router *topo.NS) {
 	}
 }
 
-// onKernel tells whether the guest's TCP is meant to take the kernel path.
-func (g *guest) onKernel() bool { return strings.HasPrefix(g.kind.name, "kernel") }
-
 // expectPath wants the path under test to have carried the connections, all of them or
 // none.
 func expectPath(t testing.TB, g *guest, connections uint64) {
@@ -389,7 +386,7 @@ func expectPath(t testing.TB, g *guest, connections uint64) {
 		return
 	}
 	n := counters(t, g.engine)["kernel.answered"]
-	if g.onKernel() && n < int64(connections) || !g.onKernel() && n != 0 {
+	if g.kind.kernel() && n < int64(connections) || !g.kind.kernel() && n != 0 {
 		t.Errorf("%d of %d connections took the kernel path", n, connections)
 	}
 }
@@ -483,7 +480,7 @@ func TestResetBehindData(t *testing.T) {
 						switch {
 						case g.engine == nil:
 							promised = size
-						case g.onKernel():
+						case g.kind.kernel():
 							promised = 64 << 10
 						}
 						if size <= promised && len(b) != size || !bytes.HasPrefix(data, b) || !errors.Is(end, syscall.ECONNRESET) {
