@@ -28,7 +28,7 @@ type drain struct {
 // look ends the pair when nothing is left to wait for, and else has itself called again.
 func (d *drain) look() {
 	p := d.pair
-	if !p.flush(p.other(d.leg), d.leg) && p.over {
+	if p.pump(p.other(d.leg), d.leg); p.over {
 		return
 	}
 	now := time.Now()
@@ -52,12 +52,15 @@ func (d *drain) look() {
 	}
 }
 
-// unsent is how many bytes the peer has not acknowledged (SIOCOUTQ, tcp(7)), and what the
-// socket did not take yet.
+// unsent is how many bytes the peer has not acknowledged (SIOCOUTQ, tcp(7)), what the
+// socket did not take yet, and what the other side sent before it was reset.
 func (d *drain) unsent() int {
 	n, err := unix.IoctlGetInt(d.leg.fd, unix.SIOCOUTQ)
 	if err != nil {
 		return 0
+	}
+	if unread, err := unix.IoctlGetInt(d.pair.other(d.leg).fd, unix.SIOCINQ); err == nil {
+		n += unread
 	}
 	if d.leg.left != nil {
 		n += len(d.leg.left.Bytes)

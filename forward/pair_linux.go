@@ -116,7 +116,7 @@ func (l *leg) Ready(events uint32) bool {
 		return false
 	}
 	if l.failed && !more { // and reading did not bring it up: the other side is blocked
-		p.abort()
+		p.reset(o)
 		return false
 	}
 	return more
@@ -145,7 +145,7 @@ func (p *pair) pump(src, dst *leg) (more bool) {
 			return false
 		}
 		if src.eof {
-			p.passFIN(dst)
+			p.passEnd(dst)
 			return false
 		}
 		if !src.readable || !dst.writable {
@@ -224,7 +224,7 @@ func (p *pair) splice(src, dst *leg, pp *pipe) bool {
 func (p *pair) readEnd(src, dst *leg, errno syscall.Errno) bool {
 	switch errno {
 	case 0:
-		src.eof = true
+		src.eof = true // or the error was read already, and p.last is set
 		p.flow.SetState(flow.HalfOpen)
 		return true
 	case unix.EAGAIN:
@@ -233,6 +233,7 @@ func (p *pair) readEnd(src, dst *leg, errno syscall.Errno) bool {
 	case unix.EINTR:
 		return true
 	}
+	src.eof = true
 	p.reset(dst)
 	return false
 }
@@ -283,9 +284,10 @@ func (l *leg) drain(s *Sockets) (int, syscall.Errno) {
 	return n, 0
 }
 
-// passFIN ends the direction towards dst; after the second one the pair is over.
-func (p *pair) passFIN(dst *leg) {
-	if dst.shut {
+// passEnd ends the direction towards dst; after the second one the pair is over. A reset
+// is p.last's to pass on.
+func (p *pair) passEnd(dst *leg) {
+	if dst.shut || p.last != nil {
 		return
 	}
 	dst.shut = true
@@ -311,6 +313,9 @@ func (p *pair) abort() {
 
 // reset passes a reset on to dst, behind what was written to it.
 func (p *pair) reset(dst *leg) {
+	if p.last != nil {
+		return
+	}
 	src := p.other(dst)
 	lingerNone(src.fd)
 	p.last = &drain{pair: p, leg: dst, since: time.Now(), until: time.Now().Add(drainMost)}

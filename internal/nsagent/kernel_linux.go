@@ -79,7 +79,7 @@ func (g *guest) prepareKernel(r *Report) *kernelPath {
 	defer nl.Close()
 	err = k.ip4.prepare(nl, g.spec.Gateway4)
 	if err == nil {
-		err = k.ip4.admit(g.spec.TUN.Name, g.spec.Join == nil)
+		err = admit(g.spec.TUN.Name, g.spec.Join == nil)
 	}
 	if err != nil {
 		r.Kernel = err.Error()

@@ -17,11 +17,11 @@ const sysctlDir = "/proc/sys/net/ipv4/"
 
 // admit makes room for our packets in a family of which that is said above. own tells
 // whether the namespace is ours alone.
-func (k *kernelFamily) admit(tun string, own bool) error {
+func admit(tun string, own bool) error {
 	if err := admitMarks(own); err != nil {
 		return err
 	}
-	return k.admitSources(tun)
+	return admitSources(tun)
 }
 
 // admitMarks sees to it that our bit in a packet's mark means nothing but where that
@@ -46,75 +46,18 @@ func admitMarks(own bool) error {
 }
 
 // admitSources lets the guest's packets come in again by the device, with sources that
-// are the namespace's own (accept_local) or behind another device of it (rp_filter, by
-// RFC 3704 section 2.2). The device is ours and goes with us.
-func (k *kernelFamily) admitSources(tun string) error {
+// are the namespace's own (accept_local) or behind another device of it: any that has a
+// route (rp_filter 2, RFC 3704 section 2.4). Of the device's value and that of all
+// devices the kernel takes the larger, so 0 would not do where a host is strict (1). The
+// device is ours and goes with us.
+func admitSources(tun string) error {
 	local, filter := "conf/"+tun+"/accept_local", "conf/"+tun+"/rp_filter"
 	if err := changeSysctl(local, "1"); err != nil {
 		return fmt.Errorf("%s cannot be set: %w", sysctlName(local), err)
 	}
-	tunErr := changeSysctl(filter, "0")
-	all, err := readSysctl("conf/all/rp_filter")
-	if err != nil {
-		return err
+	if err := changeSysctl(filter, "2"); err != nil {
+		return fmt.Errorf("%s cannot be set: %w", sysctlName(filter), err)
 	}
-	if all == "2" { // loose, and stronger than what the device says
-		return nil
-	}
-	if tunErr != nil {
-		return fmt.Errorf("%s cannot be set: %w", sysctlName(filter), tunErr)
-	}
-	if all == "1" {
-		if err := k.makeRoom(tun); err != nil {
-			return fmt.Errorf("net.ipv4.conf.all.rp_filter is 1 and cannot be changed: %w", err)
-		}
-	}
-	return nil
-}
-
-// makeRoom turns strict filtering of every device, which no device can be excepted from
-// (the kernel takes the larger value), into strict filtering of each but ours.
-func (k *kernelFamily) makeRoom(tun string) error {
-	// New devices first, so that none slips through.
-	if err := k.makeStrict("default"); err != nil {
-		return err
-	}
-	devices, err := os.ReadDir(sysctlDir + "conf")
-	if err != nil {
-		return err
-	}
-	for _, d := range devices {
-		if n := d.Name(); n == "all" || n == "default" || n == tun {
-			continue
-		}
-		if err := k.makeStrict(d.Name()); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
-		}
-	}
-	return k.changeFilter("all", "1", "0")
-}
-
-// makeStrict makes a device's own filtering strict unless there is some.
-func (k *kernelFamily) makeStrict(device string) error {
-	now, err := readSysctl("conf/" + device + "/rp_filter")
-	if err != nil || now != "0" {
-		return err
-	}
-	return k.changeFilter(device, "0", "1")
-}
-
-// changeFilter sets an rp_filter. Taking it back leaves alone what somebody has set
-// since.
-func (k *kernelFamily) changeFilter(device, from, to string) error {
-	name := "conf/" + device + "/rp_filter"
-	if err := changeSysctl(name, to); err != nil {
-		return err
-	}
-	k.undo = append(k.undo, func() {
-		if now, err := readSysctl(name); err == nil && now == to {
-			changeSysctl(name, from)
-		}
-	})
 	return nil
 }
 
