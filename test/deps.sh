@@ -9,6 +9,9 @@ set -euo pipefail
 needed=(
 	nft:nftables
 	iptables:iptables           # dockerd calls it
+	iptables-nft:iptables       # both flavours are tested
+	iptables-legacy:iptables
+	ip6tables-legacy:iptables
 	ip:iproute2
 	ss:iproute2
 	unshare:util-linux
@@ -19,6 +22,8 @@ needed=(
 	docker:docker.io
 	containerd:containerd
 	docker-registry:docker-registry
+	podman:podman
+	/usr/lib/podman/netavark:netavark
 	busybox:busybox-static
 	ping:iputils-ping
 	traceroute:traceroute

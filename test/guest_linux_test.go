@@ -58,6 +58,18 @@ func eachEngine(t *testing.T, suite func(t *testing.T, g *guest)) {
 	}
 }
 
+// allGuests starts a guest of every kind, each on a topology of its own: for suites that
+// mostly wait, and ask all of them at the same time.
+func allGuests(t *testing.T) []*guest {
+	t.Helper()
+	need(t, "ip", "nft")
+	var all []*guest
+	for _, k := range kinds {
+		all = append(all, newGuest(t, newTopology(t), k, engineOptions{}))
+	}
+	return all
+}
+
 // newTopology builds the network of one test, with a name server in world.
 func newTopology(t testing.TB) *topo.Topology {
 	t.Helper()

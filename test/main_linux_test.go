@@ -191,6 +191,11 @@ func prepare() error {
 	if err := unix.Mount(tmp, "/etc", "", unix.MS_MOVE, ""); err != nil {
 		return fmt.Errorf("mount /etc: %w", err)
 	}
+	// The machine's named namespaces, which come and go under our eyes.
+	names, _ := filepath.Glob("/run/netns/*")
+	for _, n := range names {
+		unix.Unmount(n, unix.MNT_DETACH)
+	}
 	if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, "mode=0755"); err != nil {
 		return fmt.Errorf("mount /run: %w", err)
 	}

@@ -6,92 +6,13 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"os"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/slipway-net/slipway/test/topo"
 )
-
-// TestConnect compares what connect(2) says with what it says natively: the
-// errno, and that it comes when the network speaks and not by a time-out.
-func TestConnect(t *testing.T) {
-	need(t, "ip", "nft")
-	// patience is longer than a router's neighbour discovery (3 s) and shorter
-	// than any time-out of TCP: who has no answer by then stays silent.
-	const patience = 6 * time.Second
-	targets := []struct {
-		name   string
-		v4, v6 netip.Addr
-		port   int
-	}{
-		{"open", topo.World4, topo.World6, 80},
-		{"closed port", topo.World4, topo.World6, 81},
-		{"filtered port", topo.World4, topo.World6, 82},
-		{"port rejected by firewall", topo.World4, topo.World6, 83},
-		{"port prohibited by firewall", topo.World4, topo.World6, 84},
-		{"nobody there", topo.Dead4, topo.Dead6, 80},
-		{"nobody there on the host's link", topo.HostDead4, topo.HostDead6, 80},
-		{"black hole", topo.BlackHole4, topo.BlackHole6, 80},
-		{"prohibited by router", topo.Prohibited4, topo.Prohibited6, 80},
-		{"unreachable at router", topo.Unreachable4, topo.Unreachable6, 80},
-		{"prohibited by host", topo.HostProhibited4, topo.HostProhibited6, 80},
-		{"unreachable at host", topo.HostUnreachable4, topo.HostUnreachable6, 80},
-		{"black hole at host", topo.HostBlackHole4, topo.HostBlackHole6, 80},
-	}
-	measure := func(t *testing.T, g *guest) map[string]string {
-		for _, f := range families {
-			serve(t, g.net.World, at(f.world, 80), func(c *net.TCPConn) { c.Close() })
-		}
-		if err := g.net.World.NFT(firewall); err != nil {
-			t.Fatal(err)
-		}
-		var wg sync.WaitGroup
-		var mu sync.Mutex
-		said := make(map[string]string)
-		for _, target := range targets {
-			for i, a := range []netip.Addr{target.v4, target.v6} {
-				wg.Go(func() {
-					s := dialError(g.ns, at(a, target.port), patience)
-					mu.Lock()
-					defer mu.Unlock()
-					said[target.name+" "+families[i].name] = s
-				})
-			}
-		}
-		wg.Wait()
-		return said
-	}
-	var native map[string]string
-	for _, k := range kinds {
-		t.Run(k.name, func(t *testing.T) {
-			said := measure(t, newGuest(t, newTopology(t), k, engineOptions{}))
-			if native == nil {
-				native = said
-				t.Logf("native: %v", native)
-			}
-			for what, s := range said {
-				if s != native[what] {
-					t.Errorf("%s: connect says %q, natively %q", what, s, native[what])
-				}
-			}
-		})
-	}
-}
-
-// firewall is world's own.
-const firewall = `table inet fw {
-	chain in {
-		type filter hook input priority filter;
-		tcp dport 82 drop
-		tcp dport 83 reject
-		meta nfproto ipv4 tcp dport 84 reject with icmp type admin-prohibited
-		meta nfproto ipv6 tcp dport 84 reject with icmpv6 type admin-prohibited
-	}
-}`
 
 // dialError connects and returns the errno, "ok" or "silence".
 func dialError(ns *topo.NS, address string, patience time.Duration) string {
