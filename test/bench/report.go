@@ -44,7 +44,10 @@ func (p *report) text() string {
 	}
 	if slices.ContainsFunc(bridged, func(d driver) bool { return d.bridged }) {
 		b.WriteString("\nFrom a container on a bridge in the guest, against the same native:\n")
-		b.WriteString(p.tableOf(r.rows(), bridged))
+		ws := slices.DeleteFunc(r.rows(), func(w row) bool {
+			return !slices.ContainsFunc(bridged, func(d driver) bool { return d.bridged && p.takesPart(w, d) })
+		})
+		b.WriteString(p.tableOf(ws, bridged))
 	}
 	p.noteAll(r.rows(), r.chosen())
 	b.WriteString(p.goalsOf(r.rows()))
@@ -69,7 +72,7 @@ func (p *report) tableOf(ws []row, ds []driver) string {
 	}
 	lines := [][]string{head, rule}
 	for _, w := range ws {
-		if !slices.ContainsFunc(ds, func(d driver) bool { return p.takesPart(w, d) && (d.name != "native" || len(ds) == 1) }) {
+		if !slices.ContainsFunc(ds, func(d driver) bool { return p.takesPart(w, d) }) {
 			continue
 		}
 		for _, m := range w.metrics {
