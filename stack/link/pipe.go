@@ -49,6 +49,20 @@ func (p *Pipe) ReadPacket(head, rest []byte) (int, Header, error) {
 	}
 }
 
+// TryReadPacket implements TryReader.
+func (p *Pipe) TryReadPacket(head, rest []byte) (int, Header, error) {
+	select {
+	case pkt := <-p.in:
+		n := copy(head, pkt.b)
+		n += copy(rest, pkt.b[n:])
+		return n, pkt.h, nil
+	case <-p.done:
+		return 0, Header{}, net.ErrClosed
+	default:
+		return 0, Header{}, ErrAgain
+	}
+}
+
 // WritePacket implements Link. A packet written after the other end was closed
 // disappears, as on a wire.
 func (p *Pipe) WritePacket(h Header, parts [][]byte) error {

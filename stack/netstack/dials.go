@@ -55,7 +55,14 @@ func (d *dial) seq() uint32 { return binary.BigEndian.Uint32(d.syn[4:]) }
 // dials' mu.
 func (d *dial) giveUp() {
 	d.gone = true
-	d.cancel()
+	d.stop()
+}
+
+// stop cancels the dial, once. The caller holds the dials' mu.
+func (d *dial) stop() {
+	cancel := d.cancel
+	d.cancel = func() {}
+	cancel()
 }
 
 // overdue reports whether the guest should have repeated its SYN long ago.
@@ -180,7 +187,7 @@ func (ds *dials) end(t flow.Tuple) {
 	if d == nil {
 		return
 	}
-	d.cancel()
+	d.stop()
 	delete(ds.byFlow, t)
 	guest := t.Guest.Addr()
 	if ds.guests[guest]--; ds.guests[guest] == 0 {
@@ -200,7 +207,7 @@ func (ds *dials) close() {
 	defer ds.mu.Unlock()
 	ds.closed = true
 	for _, d := range ds.byFlow {
-		d.cancel()
+		d.stop()
 	}
 }
 

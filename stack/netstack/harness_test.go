@@ -75,10 +75,14 @@ type bench struct {
 }
 
 // start runs a Stack until the test ends.
-func start(t *testing.T, mtu int) *bench {
+func start(t *testing.T, mtu int, edit ...func(*Config)) *bench {
 	t.Helper()
 	ours, theirs := link.NewPipe(mtu)
-	s, err := New(Config{Link: ours, Gateway4: gw4, Gateway6: gw6})
+	cfg := Config{Link: ours, Gateway4: gw4, Gateway6: gw6}
+	for _, f := range edit {
+		f(&cfg)
+	}
+	s, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}

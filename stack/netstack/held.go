@@ -171,7 +171,7 @@ func (s *Stack) hasConnection(t flow.Tuple) bool {
 func (r *reader) dial(t flow.Tuple, h header.TCP) bool {
 	s := r.s
 	d, a := s.dials.begin(nil, t, h, time.Now(), func() { s.flows.Add(1) })
-	if a == repeated && s.dials.detour(d, s.ctx) {
+	if a == repeated && s.dials.keeps(d) {
 		return false
 	}
 	if !s.admitted(a) {
@@ -257,8 +257,7 @@ type heldSYN struct {
 	n      int
 	hdr    link.Header
 
-	kept  *flow.Verdict // for gVisor, once the kernel path failed
-	given bool          // gVisor is to see the next SYN
+	kept *flow.Verdict // for gVisor, once the kernel path failed
 }
 
 // canBeCancelled notes how to cancel the dial of d, nil meaning that it is over.
@@ -301,28 +300,22 @@ func (ds *dials) keep(d *dial, v flow.Verdict, discard func()) bool {
 	return true
 }
 
-// detour prepares the kept verdict for gVisor, which is to see the repeated SYN next,
-// and reports whether there was one.
+// keeps reports whether d's verdict is kept for gVisor.
+func (ds *dials) keeps(d *dial) bool {
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	return d.held.kept != nil
+}
+
+// detour gives the kept verdict to gVisor, which has the repeated SYN, and reports
+// whether there was one.
 func (ds *dials) detour(d *dial, parent context.Context) bool {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
 	if d.gone || d.held.kept == nil || d.ctx != nil {
 		return false
 	}
-	d.held.given = true
 	d.ctx, d.cancel = context.WithCancel(parent)
-	return true
-}
-
-// takeGiven reports, once, whether the SYN of t is one of detour's.
-func (ds *dials) takeGiven(t flow.Tuple) bool {
-	ds.mu.Lock()
-	defer ds.mu.Unlock()
-	d := ds.byFlow[t]
-	if d == nil || !d.held.given {
-		return false
-	}
-	d.held.given = false
 	return true
 }
 

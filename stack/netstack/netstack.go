@@ -215,14 +215,13 @@ func (s *Stack) Run(ctx context.Context, f Forwarder) error {
 	loops.Go(func() { s.dials.sweepLoop(ctx, func() { s.stats.gaveUp.Add(1) }) })
 	failed := make(chan error, 1)
 	stop := func() {}
-	var err error
 	if s.cfg.Poll == nil {
 		loops.Go(func() { failed <- s.readLoop() })
-	} else if stop, err = s.cfg.Poll(s.poll(s.cfg.Link.(link.TryReader), failed)); err != nil {
-		failed <- err
-		stop = func() {}
+	} else {
+		stop = s.poll(failed)
 	}
 
+	var err error
 	select {
 	case <-ctx.Done():
 	case err = <-failed:

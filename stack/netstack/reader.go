@@ -77,13 +77,27 @@ func (r *reader) take(n int, h link.Header) {
 // turn is how many packets are read before others on the same thread have theirs.
 const turn = 64
 
-// poll returns a function that reads what the link has, without waiting, and says
-// whether there may be more. It gives up, and tells failed, when the link fails.
-func (s *Stack) poll(l link.TryReader, failed chan<- error) func() (again bool) {
+// poll has the configuration's thread read the link, until stop is called. When the link
+// fails it tells failed.
+func (s *Stack) poll(failed chan<- error) (stop func()) {
 	r := &reader{s: s, chunk: newChunk()}
 	s.train = new(train)
+	stop, err := s.cfg.Poll(r.turns(s.cfg.Link.(link.TryReader), failed))
+	if err != nil {
+		failed <- err
+		stop = func() {}
+	}
+	return func() {
+		stop()
+		r.chunk.Release()
+	}
+}
+
+// turns returns a function that reads what the link has, without waiting, and says
+// whether there may be more.
+func (r *reader) turns(l link.TryReader, failed chan<- error) func() (again bool) {
 	return func() bool {
-		defer s.sendTrain()
+		defer r.s.sendTrain()
 		for range turn {
 			n, h, err := l.TryReadPacket(r.head[:], r.chunk.AsSlice()[headLen:])
 			switch {

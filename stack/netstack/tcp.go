@@ -61,10 +61,9 @@ func (s *Stack) tcpHandler(requests *tcp.Forwarder, id stack.TransportEndpointID
 		s.unreachable(t, quote8(h), h[8:], flow.Verdict{ICMP: timeExceededFor(ip.src)})
 		return true
 	}
-	if !s.dials.takeGiven(t) {
-		if _, a := s.dials.begin(s.ctx, t, h, time.Now(), func() { s.flows.Add(1) }); !s.admitted(a) {
-			return true
-		}
+	d, a := s.dials.begin(s.ctx, t, h, time.Now(), func() { s.flows.Add(1) })
+	if !s.admitted(a) && !(a == repeated && s.dials.detour(d, s.ctx)) {
+		return true
 	}
 	if !requests.HandlePacket(id, pkt) { // a bad checksum
 		s.dials.end(t)

@@ -122,14 +122,20 @@ func TestTCPRefused(t *testing.T) {
 	}
 }
 
-// syn is a SYN segment of the guest.
+// synSeq is the sequence number of syn.
+const synSeq = 0x01020304
+
+// syn is the first segment of a connection.
 func syn(src, dst netip.AddrPort, edit ...func(header.IPv4)) []byte {
+	return segment(src, dst, header.TCPFields{SeqNum: synSeq, Flags: header.TCPFlagSyn, WindowSize: 65535}, edit...)
+}
+
+// segment is a TCP segment without options or data.
+func segment(src, dst netip.AddrPort, f header.TCPFields, edit ...func(header.IPv4)) []byte {
 	b := make([]byte, header.TCPMinimumSize)
 	h := header.TCP(b)
-	h.Encode(&header.TCPFields{
-		SrcPort: src.Port(), DstPort: dst.Port(), SeqNum: 0x01020304, DataOffset: header.TCPMinimumSize,
-		Flags: header.TCPFlagSyn, WindowSize: 65535,
-	})
+	f.SrcPort, f.DstPort, f.DataOffset = src.Port(), dst.Port(), header.TCPMinimumSize
+	h.Encode(&f)
 	h.SetChecksum(^h.CalculateChecksum(pseudo(src.Addr(), dst.Addr(), header.TCPProtocolNumber, len(b))))
 	return ipPacket(src.Addr(), dst.Addr(), header.TCPProtocolNumber, b, edit...)
 }
