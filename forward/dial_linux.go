@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -54,6 +56,21 @@ func dialTCP(ctx context.Context, a netip.AddrPort) (flow.Conn, error) {
 	return c, nil
 }
 
+// spareFDs is how many descriptors dials leave for the rest of us: for the guest's side
+// of those that are connected, for the control API, for commands. A guest that uses
+// up what there is must not stop what runs.
+const spareFDs = 512
+
+// maxFD is the highest descriptor that a dial may have. The kernel gives the lowest
+// that is free, so its number tells how many are in use.
+var maxFD = sync.OnceValue(func() int {
+	var l unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &l) != nil || l.Cur > math.MaxInt32 {
+		return math.MaxInt32
+	}
+	return int(l.Cur) - min(spareFDs, int(l.Cur)/4)
+})
+
 // socketTCP makes a non-blocking socket that reports ICMP errors.
 func socketTCP(a netip.Addr) (int, error) {
 	domain, level, opt := unix.AF_INET6, unix.SOL_IPV6, unix.IPV6_RECVERR
@@ -63,6 +80,10 @@ func socketTCP(a netip.Addr) (int, error) {
 	fd, err := unix.Socket(domain, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, err
+	}
+	if fd > maxFD() {
+		unix.Close(fd)
+		return -1, unix.EMFILE
 	}
 	// Neither can fail on a fresh socket, and neither is worth failing for.
 	unix.SetsockoptInt(fd, level, opt, 1)

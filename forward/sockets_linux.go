@@ -3,7 +3,6 @@ package forward
 import (
 	"errors"
 	"fmt"
-	"math"
 	"net/netip"
 	"sync"
 	"syscall"
@@ -22,8 +21,6 @@ type Sockets struct {
 	f    *Forwarder
 	loop *loop.Loop
 
-	maxFD int // the highest descriptor a dial may have
-
 	// of the loop's thread
 	pairs   map[*pair]struct{}
 	dials   map[*Dial]struct{}
@@ -32,25 +29,10 @@ type Sockets struct {
 	closed  bool
 }
 
-// spareFDs is how many descriptors dials leave for the rest of us: for the guest's side
-// of those that are connected, for the control API, for commands. A guest that uses
-// up what there is must not stop what runs.
-const spareFDs = 512
-
-// maxFD is the highest descriptor that a dial may have. The kernel gives the lowest
-// that is free, so its number tells how many are in use.
-func maxFD() int {
-	var l unix.Rlimit
-	if unix.Getrlimit(unix.RLIMIT_NOFILE, &l) != nil || l.Cur > math.MaxInt32 {
-		return math.MaxInt32
-	}
-	return int(l.Cur) - min(spareFDs, int(l.Cur)/4)
-}
-
 // NewSockets makes the Sockets of f on l. Close it before f and l.
 func (f *Forwarder) NewSockets(l *loop.Loop) *Sockets {
 	return &Sockets{
-		f: f, loop: l, scratch: make([]byte, smallRead), maxFD: maxFD(),
+		f: f, loop: l, scratch: make([]byte, smallRead),
 		pairs: make(map[*pair]struct{}), dials: make(map[*Dial]struct{}),
 	}
 }
@@ -124,10 +106,6 @@ func (d *Dial) try() bool {
 func (d *Dial) start(a netip.AddrPort) (done bool, err error) {
 	if d.fd, err = socketTCP(a.Addr()); err != nil {
 		return false, &DialError{Target: a, Err: err}
-	}
-	if d.fd > d.s.maxFD {
-		unix.Close(d.fd)
-		return false, &DialError{Target: a, Err: unix.EMFILE}
 	}
 	if done, err = d.connect(a); done || err != nil {
 		return done, err

@@ -167,7 +167,9 @@ func TestBeginCancelled(t *testing.T) {
 func TestBeginLeavesDescriptors(t *testing.T) {
 	s, _ := newSockets(t)
 	_, port := listenLoopback(t)
-	s.maxFD = 2
+	old := maxFD
+	maxFD = func() int { return 2 }
+	defer func() { maxFD = old }()
 	if v := begin(t, s, port); v.Answer != flow.Silence || s.f.stats.failed.Load() != 1 {
 		t.Errorf("verdict %+v, %d failed", v, s.f.stats.failed.Load())
 	}

@@ -82,13 +82,13 @@ const turn = 64
 func (s *Stack) poll(failed chan<- error) (stop func()) {
 	r := &reader{s: s, chunk: newChunk()}
 	s.train = new(train)
-	stop, err := s.cfg.Poll(r.turns(s.cfg.Link.(link.TryReader), failed))
+	unwatch, err := s.cfg.Poll(r.turns(s.cfg.Link.(link.TryReader), failed))
 	if err != nil {
 		failed <- err
-		stop = func() {}
+		unwatch = func() {}
 	}
 	return func() {
-		stop()
+		unwatch()
 		r.chunk.Release()
 	}
 }
