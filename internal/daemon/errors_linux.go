@@ -21,7 +21,10 @@ func exitCode(err error) int {
 func withHint(err error) error {
 	hint := ""
 	var ae *nsagent.Error
+	var p *Problem
 	switch {
+	case errors.As(err, &p):
+		return &Problem{Err: err, Hint: p.Hint, Code: p.Code}
 	case errors.As(err, &ae):
 		hint = ae.Hint
 	case errors.Is(err, unix.EBADFD): // tun_chr_read_iter of a device without a network interface
