@@ -2,7 +2,6 @@ package test
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 	"testing"
 
@@ -51,7 +50,9 @@ func newBridge(t testing.TB, g *guest, tables iptables) *bridge {
 			t.Fatal(err)
 		}
 	}
-	tables.load(t, g.ns, dockerRules...)
+	if err := tables.load(g.ns, dockerRules...); err != nil {
+		t.Fatal(err)
+	}
 	return br
 }
 
@@ -87,14 +88,14 @@ func (f iptables) commands() []string {
 
 // load carries out commands, each preceded by its table, for IPv4 and IPv6. Words in
 // braces are replaced by what they mean in the family.
-func (f iptables) load(t testing.TB, ns *topo.NS, rules ...string) {
-	t.Helper()
+func (f iptables) load(ns *topo.NS, rules ...string) error {
 	for _, fam := range families {
 		script := f.script(fam, rules)
 		if _, err := ns.Run(script, f.command(fam)+"-restore", "--noflush", "-w"); err != nil {
-			t.Fatalf("%v\n%s", err, script)
+			return fmt.Errorf("%w\n%s", err, script)
 		}
 	}
+	return nil
 }
 
 func (f iptables) command(fam family) string {
@@ -121,43 +122,38 @@ func (f iptables) script(fam family, rules []string) string {
 }
 
 // flush removes all rules and chains of every table, as many a script begins.
-func (f iptables) flush(t testing.TB, ns *topo.NS) {
-	t.Helper()
+func (f iptables) flush(ns *topo.NS) error {
 	for _, fam := range families {
 		for _, table := range []string{"raw", "mangle", "nat", "filter"} {
-			for _, what := range [][]string{{"-F"}, {"-X"}, {"-P", "FORWARD", "ACCEPT"}, {"-P", "INPUT", "ACCEPT"}, {"-P", "OUTPUT", "ACCEPT"}} {
-				if what[0] == "-P" && table != "filter" {
-					continue
-				}
-				args := slices.Concat([]string{f.command(fam), "-w", "-t", table}, what)
-				if _, err := ns.Run("", args...); err != nil {
-					t.Fatal(err)
-				}
+			// Without --noflush a table is replaced by what is given.
+			script := "*" + table + "\nCOMMIT\n"
+			if table == "filter" {
+				script = "*filter\n:INPUT ACCEPT\n:FORWARD ACCEPT\n:OUTPUT ACCEPT\nCOMMIT\n"
+			}
+			if _, err := ns.Run(script, f.command(fam)+"-restore", "-w"); err != nil {
+				return err
 			}
 		}
 	}
+	return nil
 }
 
 // counted returns the comments of the rules that matched a packet.
-func (f iptables) counted(t testing.TB, ns *topo.NS) []string {
-	t.Helper()
-	var all []string
+func (f iptables) counted(ns *topo.NS) (map[string]bool, error) {
+	all := make(map[string]bool)
 	for _, fam := range families {
 		out, err := ns.Run("", f.command(fam)+"-save", "-c")
 		if err != nil {
-			t.Fatal(err)
+			return nil, err
 		}
 		for line := range strings.Lines(out) {
-			_, comment, ok := strings.Cut(line, `--comment "`)
-			if !ok || strings.HasPrefix(line, "[0:") {
-				continue
+			if _, comment, ok := strings.Cut(line, `--comment "`); ok {
+				comment, _, _ = strings.Cut(comment, `"`)
+				all[comment+", "+fam.name] = !strings.HasPrefix(line, "[0:")
 			}
-			comment, _, _ = strings.Cut(comment, `"`)
-			all = append(all, fam.name+" "+comment)
 		}
 	}
-	slices.Sort(all)
-	return slices.Compact(all)
+	return all, nil
 }
 
 // familyWords says what the words in braces mean.

@@ -18,6 +18,7 @@ type flowDoc struct {
 	Proto  string         `json:"proto"`
 	Guest  netip.AddrPort `json:"guest"`
 	Target netip.AddrPort `json:"target"`
+	Path   string         `json:"path"`
 }
 
 func readStatus(t testing.TB, e *engine) (s statusDoc) {
