@@ -1,0 +1,426 @@
+package test
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/slipway-net/slipway/test/topo"
+	"golang.org/x/sys/unix"
+)
+
+// attachable is a namespace with a name, for `slipway attach --netns`.
+type attachable struct {
+	*topo.NS
+	net  *topo.Topology
+	path string
+}
+
+// newAttachable makes an empty namespace that has a name until the test is over.
+func newAttachable(t testing.TB, n *topo.Topology) *attachable {
+	t.Helper()
+	ns, err := topo.NewNS("attached")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &attachable{NS: ns, net: n, path: filepath.Join("/run/netns", newName())}
+	err = os.WriteFile(a.path, nil, 0o444)
+	if err == nil {
+		err = ns.Do(func() error {
+			return unix.Mount("/proc/thread-self/ns/net", a.path, "", unix.MS_BIND, "")
+		})
+	}
+	t.Cleanup(func() {
+		a.remove()
+		ns.Close()
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+// remove takes the name away, as `ip netns delete` does.
+func (a *attachable) remove() error {
+	unix.Unmount(a.path, unix.MNT_DETACH)
+	return os.Remove(a.path)
+}
+
+// attach starts `slipway attach` and waits until it answers.
+func (a *attachable) attach(t testing.TB, flags ...string) *engine {
+	t.Helper()
+	e := &engine{name: newName(), net: a.net, guest: a.NS, done: make(chan struct{})}
+	e.cmd = e.slipway(append([]string{"attach", "--name", e.name, "--netns", a.path}, flags...)...)
+	stdin, out := e.begin(t)
+	e.stdin = stdin
+	out.Close()
+	t.Cleanup(func() {
+		if t.Failed() {
+			e.dump(t)
+		}
+		e.cmd.Process.Kill()
+		<-e.done
+	})
+	if !eventually(10*time.Second, func() bool {
+		select {
+		case <-e.done:
+			return true
+		default:
+			return e.call(t, "status", e.name).code == 0
+		}
+	}) || e.state != nil {
+		t.Fatalf("attach does not serve: %s", e.stderr.String())
+	}
+	return e
+}
+
+// tryAttach runs an attach that is expected to end by itself.
+func (a *attachable) tryAttach(t testing.TB, flags ...string) result {
+	t.Helper()
+	args := append([]string{"attach", "--name", newName(), "--netns", a.path}, flags...)
+	return finish(t, a.net.Host, user{}.slipway(args...), 15*time.Second)
+}
+
+// detach ends the daemon in order.
+func (a *attachable) detach(t testing.TB, e *engine) {
+	t.Helper()
+	e.cmd.Process.Signal(syscall.SIGTERM)
+	waitEnd(t, e)
+}
+
+func waitEnd(t testing.TB, e *engine) {
+	t.Helper()
+	select {
+	case <-e.done:
+	case <-time.After(10 * time.Second):
+		t.Errorf("attach did not end within 10 s: %s", e.stderr.String())
+	}
+}
+
+// nsState is all that an attach could leave in a namespace.
+type nsState map[string]string
+
+func stateOf(t testing.TB, ns *topo.NS) nsState {
+	t.Helper()
+	s := make(nsState)
+	for _, cmd := range []string{
+		"nft list ruleset", "ip rule", "ip -6 rule", "ip route show table all", "ip -6 route show table all", "ip -o addr", "ip -o link",
+	} {
+		out, err := ns.Run("", strings.Fields(cmd)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines := strings.Split(out, "\n")
+		if strings.HasPrefix(cmd, "ip") {
+			slices.Sort(lines)
+		}
+		s[cmd] = strings.Join(lines, "\n")
+	}
+	err := ns.Do(func() error {
+		// A directory tree that each thread sees as its namespace's.
+		return filepath.WalkDir("/proc/sys/net", func(path string, d os.DirEntry, err error) error {
+			if err != nil || !d.Type().IsRegular() || strings.Contains(path, "nf_conntrack_count") ||
+				strings.HasSuffix(path, "stable_secret") || strings.Contains(path, "/netdev_") {
+				return nil
+			}
+			if b, err := os.ReadFile(path); err == nil {
+				s[path] = string(b)
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// expect wants the state to be the same, soon.
+func (s nsState) expect(t testing.TB, ns *topo.NS) {
+	t.Helper()
+	var differ []string
+	if !eventually(3*time.Second, func() bool {
+		differ = nil
+		now := stateOf(t, ns)
+		for k, v := range s {
+			if now[k] != v {
+				differ = append(differ, fmt.Sprintf("%s: was\n%s\nis\n%s", k, v, now[k]))
+			}
+		}
+		for k, v := range now {
+			if _, ok := s[k]; !ok {
+				differ = append(differ, fmt.Sprintf("%s is new: %s", k, v))
+			}
+		}
+		return len(differ) == 0
+	}) {
+		slices.Sort(differ)
+		t.Errorf("the namespace is not as before:\n%s", strings.Join(differ, "\n"))
+	}
+}
+
+// TestAttachKernel: what attach makes in a namespace is there while it serves, and then
+// gone to the last rule, route and sysctl; flows end with it.
+func TestAttachKernel(t *testing.T) {
+	need(t, "ip", "nft", "nsenter")
+	n := newTopology(t)
+	guest := newAttachable(t, n)
+	before := stateOf(t, guest.NS)
+	for range 2 {
+		e := guest.attach(t, "--path", "kernel")
+		expectPaths(t, e, "kernel", "kernel", "")
+		during := stateOf(t, guest.NS)
+		for _, what := range []string{"nft list ruleset", "ip rule", "ip -6 rule", "ip route show table all", "ip -6 route show table all"} {
+			if during[what] == before[what] {
+				t.Errorf("%s is the same with and without attach, so it proves nothing:\n%s", what, before[what])
+			}
+		}
+		c, peer := connected(t, guestOf(e), families[0])
+		guest.detach(t, e)
+		if code := status(e.state); code != 0 {
+			t.Errorf("attach ended with status %d: %s", code, e.stderr.String())
+		}
+		expectReset(t, c)
+		expectReset(t, peer)
+		before.expect(t, guest.NS)
+		expectNetless(t, guest.NS)
+	}
+}
+
+// guestOf is an attached namespace as the suites have guests.
+func guestOf(e *engine) *guest { return &guest{net: e.net, ns: e.guest, engine: e} }
+
+// expectNetless wants the device to be gone soon, and then connect(2) to the world to
+// fail at once with ENETUNREACH.
+func expectNetless(t testing.TB, ns *topo.NS) {
+	t.Helper()
+	if !eventually(time.Second, func() bool {
+		_, err := ns.Run("", "ip", "link", "show", "slipway0")
+		return err != nil
+	}) {
+		t.Error("the device is still there after 1 s")
+	}
+	for _, f := range families {
+		start := time.Now()
+		s := dialError(ns, at(f.world, 80), 3*time.Second)
+		if took := time.Since(start); s != syscall.ENETUNREACH.Error() || took > 100*time.Millisecond {
+			t.Errorf("%s without a daemon: %s after %v", f.name, s, took)
+		}
+	}
+}
+
+// TestAttachKilled: after kill -9 of the daemon or of its agent nothing hangs, nothing
+// takes SYNs that nobody answers, and the next attach works as the first.
+func TestAttachKilled(t *testing.T) {
+	need(t, "ip", "nft", "nsenter")
+	for _, path := range []string{"kernel", "netstack"} {
+		for _, whom := range []string{"daemon", "agent"} {
+			t.Run(path+"/"+whom, func(t *testing.T) { testAttachKilled(t, path, whom) })
+		}
+	}
+}
+
+func testAttachKilled(t *testing.T, path, whom string) {
+	guest := newAttachable(t, newTopology(t))
+	before := stateOf(t, guest.NS)
+	e := guest.attach(t, "--path", path)
+	expectPaths(t, e, path, path, "")
+	c, peer := connected(t, guestOf(e), families[0])
+	pid := e.cmd.Process.Pid
+	if whom == "agent" {
+		pid = readHealth(t, e).Engine.AgentPID
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	expectNetless(t, guest.NS)
+	waitEnd(t, e)
+	if whom == "agent" {
+		if code := status(e.state); code == 0 || !strings.Contains(e.stderr.String(), "slipway: ") {
+			t.Errorf("status %d after the agent was killed: %s", code, e.stderr.String())
+		}
+	}
+	peer.SetDeadline(time.Now().Add(5 * time.Second))
+	if _, err := peer.Read(make([]byte, 1)); err == nil || os.IsTimeout(err) {
+		t.Errorf("the target sees %v", err)
+	}
+	if path == "kernel" { // its socket was the daemon's
+		c.SetDeadline(time.Now().Add(5 * time.Second))
+		if _, err := c.Read(make([]byte, 1)); err == nil || os.IsTimeout(err) {
+			t.Errorf("the guest sees %v", err)
+		}
+	}
+	now := stateOf(t, guest.NS)
+	if now["nft list ruleset"] != before["nft list ruleset"] {
+		t.Errorf("rules are left:\n%s", now["nft list ruleset"])
+	}
+	e = guest.attach(t, "--path", path)
+	expectPaths(t, e, path, path, "")
+	guest.detach(t, e)
+	if whom == "agent" {
+		// Whoever may ping is what the killed agent made of it: nobody knows what it was.
+		const ping = "/proc/sys/net/ipv4/ping_group_range"
+		before[ping] = now[ping]
+	}
+	before.expect(t, guest.NS)
+	expectNetless(t, guest.NS)
+}
+
+// TestAttachedIsDeleted: the namespace loses its name while flows are live.
+func TestAttachedIsDeleted(t *testing.T) {
+	need(t, "ip", "nft", "nsenter")
+	guest := newAttachable(t, newTopology(t))
+	before := stateOf(t, guest.NS)
+	e := guest.attach(t, "--path", "kernel")
+	c, peer := connected(t, guestOf(e), families[1])
+	if err := guest.remove(); err != nil {
+		t.Fatal(err)
+	}
+	waitEnd(t, e)
+	if e.state != nil && status(e.state) != 0 {
+		t.Errorf("attach ended with status %d: %s", status(e.state), e.stderr.String())
+	}
+	expectReset(t, c)
+	expectReset(t, peer)
+	before.expect(t, guest.NS)
+}
+
+// newContainers makes a bridge in the namespace and two containers behind it.
+func newContainers(t testing.TB, ns *topo.NS) (all []*topo.NS) {
+	t.Helper()
+	b, err := topo.NewBridge(ns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(b.Close)
+	for range 2 {
+		c, err := b.Container()
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, c)
+	}
+	return all
+}
+
+// TestStoppedDaemon stops the daemon for 3 s, as a debugger or an overloaded machine
+// does: what needs it waits and then goes on, what does not never notices.
+func TestStoppedDaemon(t *testing.T) {
+	const stop = 3 * time.Second
+	eachEngine(t, func(t *testing.T, g *guest) {
+		containers := newContainers(t, g.ns)
+		from := map[string]*topo.NS{"the namespace itself": g.ns, "a container": containers[0]}
+		var local []string // what both reach without a daemon
+		for i, c := range containers {
+			a4, a6 := topo.ContainerAddr(i + 1)
+			local = append(local, echoServer(t, c, at(a4, 0)), echoServer(t, c, at(a6, 0)))
+		}
+		local = append(local, echoServer(t, g.ns, at(topo.Bridge4, 0)), echoServer(t, g.ns, at(topo.Bridge6, 0)))
+		loopback := []string{echoServer(t, g.ns, "127.0.0.1:0"), echoServer(t, g.ns, "[::1]:0")}
+		world := make([]string, len(families))
+		var held []net.Conn
+		for i, f := range families {
+			world[i] = echoServer(t, g.net.World, at(f.world, 0))
+			for _, ns := range from {
+				c := dialEcho(t, ns, world[i])
+				held = append(held, c)
+			}
+		}
+		between := dialEcho(t, containers[0], local[2])
+
+		process := g.engine.cmd.Process
+		process.Signal(syscall.SIGSTOP)
+		defer process.Signal(syscall.SIGCONT)
+		start := time.Now()
+		late := make(chan error)
+		for who, ns := range from {
+			for _, a := range world {
+				go func() {
+					c, err := ns.Dial("tcp", a, 10*time.Second)
+					if err == nil {
+						err = echoOnce(c)
+						c.Close()
+					}
+					if took := time.Since(start); err != nil || took < stop || took > stop+2*time.Second {
+						late <- fmt.Errorf("%s to %s: %v after %v", who, a, err, took)
+						return
+					}
+					late <- nil
+				}()
+			}
+		}
+		for round := 0; time.Since(start) < stop; round++ {
+			for who, ns := range from {
+				for _, a := range local {
+					expectFast(t, who, ns, a)
+				}
+			}
+			for _, a := range loopback {
+				expectFast(t, "the namespace itself", g.ns, a)
+			}
+			roundTrip(t, between)
+			time.Sleep(200 * time.Millisecond)
+		}
+		process.Signal(syscall.SIGCONT)
+		for range len(from) * len(world) {
+			if err := receive(t, late); err != nil {
+				t.Error(err)
+			}
+		}
+		for _, c := range held {
+			roundTrip(t, c)
+		}
+	})
+}
+
+// expectFast opens a connection and has it say something, which takes no time.
+func expectFast(t testing.TB, who string, ns *topo.NS, address string) {
+	t.Helper()
+	const most = 500 * time.Millisecond // two CPUs and other tests
+	start := time.Now()
+	c, err := ns.Dial("tcp", address, 2*time.Second)
+	if err == nil {
+		err = echoOnce(c)
+		c.Close()
+	}
+	if took := time.Since(start); err != nil || took > most {
+		t.Errorf("%s to %s while the daemon is stopped: %v after %v", who, address, err, took)
+	}
+}
+
+func echoServer(t testing.TB, ns *topo.NS, address string) string {
+	t.Helper()
+	return serve(t, ns, address, func(c *net.TCPConn) {
+		defer c.Close()
+		io.Copy(c, c)
+	}).String()
+}
+
+// dialEcho opens a connection that lasts for the test.
+func dialEcho(t testing.TB, ns *topo.NS, address string) net.Conn {
+	t.Helper()
+	c, err := ns.Dial("tcp", address, 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	roundTrip(t, c)
+	return c
+}
+
+func echoOnce(c net.Conn) error {
+	c.SetDeadline(time.Now().Add(10 * time.Second))
+	b := []byte("x")
+	if _, err := c.Write(b); err != nil {
+		return err
+	}
+	_, err := io.ReadFull(c, b)
+	return err
+}
