@@ -215,6 +215,7 @@ func TestFirewall(t *testing.T) {
 			var wg sync.WaitGroup
 			for i, g := range guests {
 				r := newFWRun(t, g, tables)
+				r.holdAll(t)
 				wg.Go(func() { said[i] = r.run() })
 			}
 			wg.Wait()

@@ -37,23 +37,31 @@ type fwRun struct {
 func newFWRun(t *testing.T, g *guest, tables iptables) *fwRun {
 	t.Helper()
 	r := &fwRun{g: g, b: newBridge(t, g, tables), tables: tables, cases: fwCases(), held: make(map[string]net.Conn)}
-	t.Cleanup(func() {
-		for _, c := range r.held {
-			c.Close()
-		}
-	})
+	t.Cleanup(r.close)
 	for i := range r.cases {
 		for _, ns := range []*topo.NS{g.net.World, r.b.containers[1]} {
 			serveName(t, ns, fwPort+i)
 		}
 	}
-	if err := r.hold(); err != nil {
+	return r
+}
+
+// close lets go of what is held.
+func (r *fwRun) close() {
+	for _, c := range r.held {
+		c.Close()
+	}
+}
+
+// holdAll opens a connection for each case that is about world.
+func (r *fwRun) holdAll(t *testing.T) {
+	t.Helper()
+	if err := r.hold(r.cases); err != nil {
 		t.Fatal(err)
 	}
-	if now := g.pathsOf(t); now != g.kind.path {
-		t.Errorf("%s: connections take %q", g.kind.name, now)
+	if now := r.g.pathsOf(t); now != r.g.kind.path {
+		t.Errorf("%s: connections take %q", r.g.kind.name, now)
 	}
-	return r
 }
 
 // serveName serves on a port of all addresses: who it is that was reached, then an echo.
@@ -162,11 +170,11 @@ func (r *fwRun) each(cases []fwCase, fn func(i int, c fwCase, p place, f family)
 	return said
 }
 
-// hold opens a connection for each case that is about world.
-func (r *fwRun) hold() error {
+// hold opens connections that reach world.
+func (r *fwRun) hold(cases []fwCase) error {
 	var mu sync.Mutex
 	var errs []error
-	r.each(r.cases, func(i int, c fwCase, p place, f family) string {
+	r.each(cases, func(i int, c fwCase, p place, f family) string {
 		if c.to != "" {
 			return ""
 		}
@@ -174,7 +182,7 @@ func (r *fwRun) hold() error {
 		mu.Lock()
 		defer mu.Unlock()
 		if err != nil || name != "world" {
-			errs = append(errs, fmt.Errorf("before the rules, %s from %s, %s: %s, %v", c.name, p.name, f.name, name, err))
+			errs = append(errs, fmt.Errorf("%s from %s, %s: %s, %v", c.name, p.name, f.name, name, err))
 			return ""
 		}
 		r.held[fwName(c.name, p.name, f)] = conn

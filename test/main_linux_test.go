@@ -204,7 +204,7 @@ func prepare() error {
 		os.MkdirAll(user, 0o755), os.Chmod(user, 0o700),
 		os.MkdirAll("/run/lock", 0o1777),
 		os.MkdirAll("/run/netns", 0o755),
-		os.MkdirAll("/run/mount", 0o755), // mount(8)
+		os.MkdirAll("/run/mount", 0o755),              // mount(8)
 		os.WriteFile("/run/xtables.lock", nil, 0o600), // iptables-legacy leaves it
 		os.Mkdir(runTmp, 0o777), os.Chmod(runTmp, 0o1777),
 		writeResolvConf(),
