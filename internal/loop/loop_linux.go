@@ -100,6 +100,7 @@ type Loop struct {
 	quit   bool
 	woke   time.Time     // the end of the last wait
 	usual  time.Duration // how long a wait took lately
+	calm   bool          // see Calm
 
 	mu     sync.Mutex // guards the fields below
 	posted []func()
@@ -304,7 +305,7 @@ func (l *Loop) wait() int {
 	}
 	begin := time.Now()
 	n := 0
-	if l.usual < spinMost && begin.Sub(l.woke) < busyMost {
+	if l.usual < spinMost && !l.calm && begin.Sub(l.woke) < busyMost {
 		for n == 0 && time.Since(begin) < spinMost {
 			n = l.poll(0)
 		}
@@ -312,10 +313,15 @@ func (l *Loop) wait() int {
 	if n == 0 {
 		n = l.poll(-1)
 	}
+	l.calm = false
 	l.woke = time.Now()
 	l.usual += (min(l.woke.Sub(begin), spinForget) - l.usual) / 8
 	return n
 }
+
+// Calm has the next wait be one without asking first: a bulk transfer's ends need the
+// processor more than it needs haste.
+func (l *Loop) Calm() { l.calm = true }
 
 // poll is one epoll_wait(2).
 func (l *Loop) poll(milliseconds int) int {
