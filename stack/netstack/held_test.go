@@ -66,19 +66,24 @@ func (k *fakeKernel) do(f func()) {
 	k.todo = append(k.todo, f)
 }
 
+// drain runs what do was given.
+func (k *fakeKernel) drain() {
+	k.mu.Lock()
+	todo := k.todo
+	k.todo = nil
+	k.mu.Unlock()
+	for _, f := range todo {
+		f()
+	}
+}
+
 // poll is a Config.Poll that asks every now and then.
 func (k *fakeKernel) poll(ready func() bool) (func(), error) {
 	stop, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
 		for {
-			k.mu.Lock()
-			todo := k.todo
-			k.todo = nil
-			k.mu.Unlock()
-			for _, f := range todo {
-				f()
-			}
+			k.drain()
 			for ready() {
 			}
 			select {

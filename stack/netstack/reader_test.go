@@ -92,7 +92,23 @@ func (n *nobody) Echo(e flow.Echo) {
 }
 
 // FuzzPacket feeds the reader any packet with any offload header.
-func FuzzPacket(f *testing.F) {
+func FuzzPacket(f *testing.F) { fuzzReader(f, nil) }
+
+// FuzzPacketKernel is FuzzPacket with a kernel path, whose every other dial takes time
+// and every third answer fails, and with trains of datagrams.
+func FuzzPacketKernel(f *testing.F) {
+	n := 0
+	k := &fakeKernel{open: make(map[flow.Tuple]func(flow.Verdict))}
+	k.decide = func(flow.Tuple) (flow.Verdict, bool) {
+		n++
+		k.accept = n%3 != 0
+		answers := []flow.Answer{flow.Connect, flow.Reset, flow.Silence, flow.Unreachable}
+		return flow.Verdict{Answer: answers[n/2%4]}, n%2 == 0
+	}
+	fuzzReader(f, k)
+}
+
+func fuzzReader(f *testing.F, k *fakeKernel) {
 	for _, fam := range families {
 		f.Add(udpPacket(fam.guest, fam.target, pattern(40)), uint8(0), uint8(0), uint16(0))
 		f.Add(udpPacket(fam.guest, fam.target, pattern(4000)), uint8(link.NeedsCsum), uint8(link.GSOUDPL4), uint16(1000))
@@ -103,9 +119,17 @@ func FuzzPacket(f *testing.F) {
 	}
 	f.Add(ipPacket(guest4, target4, header.ICMPv4ProtocolNumber, echoBody(guest4, target4, 8, 1, 1, pattern(9))), uint8(0), uint8(0), uint16(0))
 	ours, theirs := link.NewPipe(1500)
-	s, err := New(Config{Link: ours, Gateway4: gw4, Gateway6: gw6})
+	cfg := Config{Link: ours, Gateway4: gw4, Gateway6: gw6}
+	if k != nil {
+		cfg.Kernel = k
+	}
+	s, err := New(cfg)
 	if err != nil {
 		f.Fatal(err)
+	}
+	if k != nil {
+		s.train = new(train)
+		s.UseKernel(true, true)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	s.forward, s.ctx = &nobody{}, ctx
@@ -120,6 +144,10 @@ func FuzzPacket(f *testing.F) {
 	})
 	f.Cleanup(func() {
 		cancel()
+		s.dials.close()
+		if k != nil {
+			k.drain()
+		}
 		s.ip.Close()
 		s.flows.Wait()
 		s.ep.closeQueue()
@@ -139,5 +167,9 @@ func FuzzPacket(f *testing.F) {
 		r.n += copy(r.chunk.AsSlice()[headLen:], pkt[r.n:])
 		r.hdr = link.Header{Flags: flags, GSOType: gso, GSOSize: size}
 		r.dispatch()
+		if k != nil {
+			s.sendTrain()
+			k.drain()
+		}
 	})
 }
