@@ -104,6 +104,14 @@ func newDockerWorld(t *testing.T) *topo.Topology {
 		}
 	}
 	t.Cleanup(removeDockerCgroups)
+	n := newWebWorld(t)
+	startRegistry(t, n)
+	return n
+}
+
+// newWebWorld is a topology with name server, web server and echo.
+func newWebWorld(t *testing.T) *topo.Topology {
+	t.Helper()
 	n := newTopology(t)
 	startNameServer(t, n.World)
 	for _, f := range families {
@@ -119,7 +127,6 @@ func newDockerWorld(t *testing.T) *topo.Topology {
 			io.Copy(c, c)
 		})
 	}
-	startRegistry(t, n)
 	return n
 }
 
