@@ -1,13 +1,16 @@
 package test
 
 import (
+	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,6 +18,7 @@ import (
 	"unsafe"
 
 	"github.com/slipway-net/slipway/test/topo"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -330,4 +334,167 @@ func TestGuestWithoutIPv6(t *testing.T) {
 		t.Errorf("IPv6: %s after %v", s, time.Since(start))
 	}
 	guest.detach(t, e)
+}
+
+// TestConntrackFull fills the guest's table of connections. A new connection is then
+// dropped by the guest's own kernel, on every path as natively; one that is there goes
+// on; and when there is room again new ones work at once.
+func TestConntrackFull(t *testing.T) {
+	eachGuest(t, func(t *testing.T, g *guest) {
+		if g.kind.native { // nothing tracks connections unless a rule asks for it
+			if err := g.ns.NFT("table inet track { chain o { type filter hook output priority 0; ct state invalid accept; }; }"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		address := echoServer(t, g.net.World, at(families[0].world, 0))
+		held := dialEcho(t, g.ns, address)
+		n := fillConntrack(t, g.ns)
+		if s := dialError(g.ns, address, 1500*time.Millisecond); s != "silence" {
+			t.Errorf("with %d connections in the table connect says %q", n, s)
+		}
+		roundTrip(t, held)
+		if g.engine != nil {
+			if r := g.engine.call(t, "status", g.engine.name); r.code != 0 {
+				t.Errorf("status: %s", r.stderr)
+			}
+		}
+		flushConntrack(t, g.ns)
+		roundTrip(t, dialEcho(t, g.ns, address))
+		if g.engine != nil {
+			expectFlow(t, g.engine, families[0], g.kind.path)
+		}
+	})
+}
+
+// TestConntrackFullAtStart: a namespace that cannot make a connection when slipway comes
+// gets netstack, with the reason, or is refused.
+func TestConntrackFullAtStart(t *testing.T) {
+	need(t, "ip", "nft", "nsenter")
+	guest := newAttachable(t, newTopology(t))
+	before := stateOf(t, guest.NS)
+	fillConntrack(t, guest.NS)
+	expectRefusal(t, guest.tryAttach(t, "--path", "kernel"), "self-test")
+	before.expect(t, guest.NS)
+	e := guest.attach(t, "--path", "auto")
+	flushConntrack(t, guest.NS)
+	expectPaths(t, e, "netstack", "netstack", "self-test")
+	guest.detach(t, e)
+	before.expect(t, guest.NS)
+}
+
+// fillConntrack puts as many connections into a namespace's table as the kernel allows,
+// and returns how many. They are marked as answered, so that none gives way to a new one.
+// The limit is for each namespace but one number for all, which nobody may change here;
+// an entry takes about 320 bytes.
+func fillConntrack(t testing.TB, ns *topo.NS) (count int) {
+	t.Helper()
+	number := func(name string) (n int) {
+		text, _ := os.ReadFile("/proc/sys/net/netfilter/" + name)
+		fmt.Sscan(string(text), &n)
+		return n
+	}
+	var most int
+	err := ns.Do(func() error {
+		most = number("nf_conntrack_max")
+		if most == 0 || most > 1<<20 {
+			return nil
+		}
+		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		const batch = 400
+		for i := uint32(0); count < most && i < uint32(2*most); {
+			var b []byte
+			for range batch {
+				b = append(b, conntrackEntry(i)...)
+				i++
+			}
+			if err := unix.Sendto(fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+				return fmt.Errorf("entry %d: %w", i, err)
+			}
+			count = number("nf_conntrack_count")
+		}
+		return nil
+	})
+	switch {
+	case err != nil:
+		t.Fatal(err)
+	case most == 0 || most > 1<<20:
+		missing(t, "a limit of tracked connections that a test can reach, nf_conntrack_max is %d", most)
+	case count < most:
+		missing(t, "%d entries in the table of connections, the kernel takes %d", most, count)
+	}
+	t.Cleanup(func() { flushConntrack(t, ns) })
+	return count
+}
+
+// conntrackEntry is the netlink message that makes the i-th entry, an answered UDP
+// connection.
+func conntrackEntry(i uint32) []byte {
+	attr := func(typ uint16, parts ...[]byte) []byte {
+		data := slices.Concat(parts...)
+		b := binary.NativeEndian.AppendUint16(nil, uint16(4+len(data)))
+		b = append(binary.NativeEndian.AppendUint16(b, typ), data...)
+		return append(b, make([]byte, -len(b)&3)...)
+	}
+	be16 := func(n uint16) []byte { return binary.BigEndian.AppendUint16(nil, n) }
+	be32 := func(n uint32) []byte { return binary.BigEndian.AppendUint32(nil, n) }
+	const nested = unix.NLA_F_NESTED
+	// linux/netfilter/nfnetlink_conntrack.h
+	const (
+		tupleOrig, tupleReply, ctStatus, ctTimeout = 1, 2, 3, 7
+		tupleIP, tupleProto                        = 1, 2
+		v4Src, v4Dst                               = 1, 2
+		protoNum, protoSrc, protoDst               = 1, 2, 3
+		answered                                   = 2 | 4 | 8 // IPS_SEEN_REPLY, IPS_ASSURED, IPS_CONFIRMED
+	)
+	a, b := []byte{192, 0, 2, 1}, be32(10<<24|i>>15)
+	port := uint16(1024 + i&0x7fff)
+	tuple := func(typ uint16, from, to []byte, fromPort, toPort uint16) []byte {
+		return attr(nested|typ, attr(nested|tupleIP, attr(v4Src, from), attr(v4Dst, to)),
+			attr(nested|tupleProto, attr(protoNum, []byte{unix.IPPROTO_UDP}), attr(protoSrc, be16(fromPort)), attr(protoDst, be16(toPort))))
+	}
+	body := slices.Concat([]byte{unix.AF_INET, unix.NFNETLINK_V0, 0, 0},
+		tuple(tupleOrig, a, b, port, 9), tuple(tupleReply, b, a, 9, port),
+		attr(ctStatus, be32(answered)), attr(ctTimeout, be32(600)))
+	m := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(body)))
+	m = binary.NativeEndian.AppendUint16(m, unix.NFNL_SUBSYS_CTNETLINK<<8) // IPCTNL_MSG_CT_NEW
+	m = binary.NativeEndian.AppendUint16(m, unix.NLM_F_REQUEST|unix.NLM_F_CREATE)
+	return append(append(m, make([]byte, 8)...), body...)
+}
+
+// flushConntrack empties the table, as `conntrack -F` does.
+func flushConntrack(t testing.TB, ns *topo.NS) {
+	t.Helper()
+	err := ns.Do(func() error { return netlink.ConntrackTableFlush(netlink.ConntrackTable) })
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// TestConntrackFlushed: flows outlive `conntrack -F` in the guest, or are reset at once.
+func TestConntrackFlushed(t *testing.T) {
+	eachGuest(t, func(t *testing.T, g *guest) {
+		containers := newContainers(t, g.ns)
+		for who, ns := range map[string]*topo.NS{"the namespace itself": g.ns, "a container": containers[0]} {
+			if who != "the namespace itself" && g.kind.native {
+				continue // its own router knows no way back to a container
+			}
+			for _, f := range families {
+				c := dialEcho(t, ns, echoServer(t, g.net.World, at(f.world, 0)))
+				flushConntrack(t, g.ns)
+				err := echoOnce(c)
+				// What keeps these few in the namespace is a mark of the connection: without
+				// it they are cut off, at least at once.
+				if ns == g.ns && g.kind.kernel() && errors.Is(err, syscall.ECONNRESET) {
+					continue
+				}
+				if err != nil {
+					t.Errorf("%s, %s: %v", who, f.name, err)
+				}
+			}
+		}
+	})
 }
