@@ -58,8 +58,8 @@ table %[1]s want {
 	}
 	chain output {
 		type route hook output priority -90
-		meta l4proto tcp ct direction original ct mark and 0x1000 == 0x1000 meta mark set meta mark or 0x1000 accept
-		oif lo tcp flags & (syn | ack) == syn | ack fib saddr type != local ct mark set ct mark or 0x1000
+		meta l4proto tcp ct direction original ct label 124 meta mark set meta mark or 0x1000 accept
+		oif lo tcp flags & (syn | ack) == syn | ack fib saddr type != local ct label set 124
 	}
 }
 `

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -173,8 +174,26 @@ func (g *guest) configure(nl *netlink.Handle, index int, r *Report) error {
 		case err != nil:
 			return &Error{Op: "add " + p.String(), On: spec.TUN.Name, Err: err}
 		}
+		if p.Addr().Is6() && r.IPv6 == "" {
+			awaitLocal(nl, p.Addr())
+		}
 	}
 	return g.routes(nl, index, r)
+}
+
+// localLimit bounds awaitLocal.
+const localLimit = time.Second
+
+// awaitLocal waits until the kernel takes a for its own. It makes the route of a new IPv6
+// address later, in a work queue (net/ipv6/addrconf.c, addrconf_dad_work), and what is
+// sent to the address before leaves by the device.
+func awaitLocal(nl *netlink.Handle, a netip.Addr) {
+	for end := time.Now().Add(localLimit); time.Now().Before(end); time.Sleep(200 * time.Microsecond) {
+		routes, err := nl.RouteGet(a.AsSlice())
+		if err != nil || len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+			return
+		}
+	}
 }
 
 // addrFlags skips duplicate address detection: during it the address does not work.

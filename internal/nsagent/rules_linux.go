@@ -24,8 +24,8 @@ import (
 //		}
 //		chain output {
 //			type route hook output priority -90
-//			meta l4proto tcp ct direction original ct mark & 0x1000 == 0x1000 meta mark set meta mark | 0x1000 accept
-//			oif lo tcp flags & (syn | ack) == syn | ack fib saddr type != local ct mark set ct mark | 0x1000
+//			meta l4proto tcp ct direction original ct label 124 meta mark set meta mark | 0x1000 accept
+//			oif lo tcp flags & (syn | ack) == syn | ack fib saddr type != local ct label set 124
 //		}
 //		chain identity {
 //			type nat hook postrouting priority 90
@@ -41,11 +41,13 @@ import (
 // direction of the entry it made on its way out.
 //
 // The packets that follow are told by the socket they belong to (of a container, which
-// come in by a bridge), or by a bit of the connection's mark (of processes in the
-// namespace itself, whose packets pass no prerouting before they are routed); either way
-// a bit of the packet's mark has a rule of ip-rule(8) keep them here. The bit in the
-// connection's mark is set by the listener's own SYN-ACK. No other bit of either mark is
-// touched: kube-proxy and others have theirs.
+// come in by a bridge), or by a label of the connection (of processes in the namespace
+// itself, whose packets pass no prerouting before they are routed); either way a bit of
+// the packet's mark has a rule of ip-rule(8) keep them here. The label is set by the
+// listener's own SYN-ACK. No other bit of the mark is touched: kube-proxy and others have
+// theirs. The connection's mark has room for a bit of ours, too, but guests set it as a
+// whole (CONNMARK --save-mark and --set-mark do so), and the connection would be lost;
+// labels are only ever added. Kernels without labels get the bit in the mark.
 //
 // The chains come after connection tracking and DNAT (priorities -200 and -100), so that
 // they see the addresses that the guest's rules chose.
@@ -65,9 +67,46 @@ const (
 	steerPriority = -90
 )
 
-// KernelMark is the bit of packet and connection marks in the guest's namespace that
-// keeps packets of the kernel path there.
+// KernelMark is the bit of packet marks in the guest's namespace that keeps packets of
+// the kernel path there.
 const KernelMark = 0x1000
+
+// kernelLabel is the label 124 of 128 as the kernel has it (struct nf_conn_labels).
+var kernelLabel = func() []byte {
+	const label = 124
+	words := [2]uint64{}
+	words[label/64] = 1 << (label % 64)
+	return binary.NativeEndian.AppendUint64(binary.NativeEndian.AppendUint64(nil, words[0]), words[1])
+}()
+
+// connTag is what tells a connection of the kernel path: how it is seen, and set.
+type connTag struct{ has, set []expr.Any }
+
+// labelTag and markTag are the two ways.
+func labelTag() connTag {
+	none := make([]byte, len(kernelLabel))
+	return connTag{
+		has: []expr.Any{
+			&expr.Ct{Key: expr.CtKeyLABELS, Register: 1},
+			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: uint32(len(none)), Mask: kernelLabel, Xor: none},
+			&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: none},
+		},
+		set: []expr.Any{
+			&expr.Immediate{Register: 1, Data: kernelLabel},
+			&expr.Ct{Key: expr.CtKeyLABELS, Register: 1, SourceRegister: true},
+		},
+	}
+}
+
+func markTag() connTag {
+	return connTag{
+		has: []expr.Any{&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, masked(KernelMark, 0), equal(host32(KernelMark))},
+		set: []expr.Any{
+			&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, withBit(),
+			&expr.Ct{Key: expr.CtKeyMARK, Register: 1, SourceRegister: true},
+		},
+	}
+}
 
 // TCP flags, RFC 9293 section 3.1, and where they are in the header.
 const (
@@ -104,7 +143,7 @@ func (f nftFamily) identityChain(tun string) nftChain {
 }
 
 // kernelChains steer TCP into the listener at the address listen, which is of the family.
-func (f nftFamily) kernelChains(tun string, listen netip.AddrPort) []nftChain {
+func (f nftFamily) kernelChains(tun string, listen netip.AddrPort, tag connTag) []nftChain {
 	const all = tcpFIN | tcpSYN | tcpRST | tcpACK
 	syn := join(device(expr.MetaKeyIIFNAME, tun), tcpFlags(all, expr.CmpOpEq, tcpSYN), elsewhere(expr.Fib{FlagDADDR: true}))
 	return []nftChain{
@@ -119,12 +158,10 @@ func (f nftFamily) kernelChains(tun string, listen netip.AddrPort) []nftChain {
 		{"output", nftables.ChainTypeRoute, nftables.ChainHookOutput, steerPriority, [][]expr.Any{
 			join(isTCP(),
 				&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, equal([]byte{0}),
-				&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, masked(KernelMark, 0), equal(host32(KernelMark)),
-				setMark(), accept()),
+				tag.has, setMark(), accept()),
 			join(&expr.Meta{Key: expr.MetaKeyOIF, Register: 1}, equal(host32(loopback)),
 				tcpFlags(tcpSYN|tcpACK, expr.CmpOpEq, tcpSYN|tcpACK), elsewhere(expr.Fib{FlagSADDR: true}),
-				&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, withBit(),
-				&expr.Ct{Key: expr.CtKeyMARK, Register: 1, SourceRegister: true}),
+				tag.set),
 		}, ""},
 	}
 }

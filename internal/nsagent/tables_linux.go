@@ -40,8 +40,9 @@ type loadedTable struct {
 
 // tablePart are chains of a table that are of use without those of later parts.
 type tablePart struct {
-	chains []nftChain
-	why    *string // receives why they could not be loaded
+	chains  []nftChain
+	instead []nftChain // to be tried if they cannot be loaded, or nil
+	why     *string    // receives why they could not be loaded
 }
 
 // loadTables loads the identity SNAT, if it is asked for, and what the kernel path needs
@@ -78,10 +79,15 @@ func (g *guest) loadTables(r *Report, k *kernelPath) {
 func (g *guest) parts(f nftFamily, listen netip.AddrPort, r *Report, why *string) []tablePart {
 	var parts []tablePart
 	if g.spec.IdentitySNAT {
-		parts = append(parts, tablePart{[]nftChain{f.identityChain(g.spec.TUN.Name)}, &r.SNAT})
+		parts = append(parts, tablePart{[]nftChain{f.identityChain(g.spec.TUN.Name)}, nil, &r.SNAT})
 	}
 	if listen.IsValid() {
-		parts = append(parts, tablePart{f.kernelChains(g.spec.TUN.Name, listen), why})
+		tun := g.spec.TUN.Name
+		parts = append(parts, tablePart{
+			chains:  f.kernelChains(tun, listen, labelTag()),
+			instead: f.kernelChains(tun, listen, markTag()),
+			why:     why,
+		})
 	}
 	return parts
 }
@@ -112,6 +118,10 @@ func (g *guest) loadTable(f nftFamily, parts []tablePart) {
 				continue
 			}
 			err = fmt.Errorf("table %s %s exists already", f.name, nftTable)
+		case part >= 0 && parts[part].instead != nil:
+			p := &parts[part]
+			p.chains, p.instead = p.instead, nil
+			continue
 		default:
 			err = fmt.Errorf("load nftables for %s: %w", f.words, err)
 		}

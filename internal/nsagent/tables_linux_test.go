@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"errors"
 	"log/slog"
+	"net/netip"
 	"os"
 	"strings"
 	"testing"
@@ -194,8 +195,8 @@ func missingExpression(t *testing.T) {
 		}
 		var snat, kernel string
 		g.loadTable(nftIPv4, []tablePart{
-			{[]nftChain{nftIPv4.identityChain("tun0")}, &snat},
-			{[]nftChain{bad}, &kernel},
+			{chains: []nftChain{nftIPv4.identityChain("tun0")}, why: &snat},
+			{chains: []nftChain{bad}, why: &kernel},
 		})
 		if snat != "" || kernel != c.want {
 			t.Errorf("reasons %q, %q; want %q", snat, kernel, c.want)
@@ -205,6 +206,19 @@ func missingExpression(t *testing.T) {
 		}
 		m, err := delTable(nftables.TableFamilyIPv4, nftTable)
 		if err = errors.Join(err, nft.send([]nftMessage{m})); err != nil {
+			t.Error(err)
+		}
+		// As on a kernel without labels.
+		kernel = ""
+		g.loadTable(nftIPv4, []tablePart{{
+			chains:  []nftChain{bad},
+			instead: nftIPv4.kernelChains("tun0", netip.MustParseAddrPort("192.0.2.1:1"), markTag()),
+			why:     &kernel,
+		}})
+		if has, err := nft.hasTable(nftables.TableFamilyIPv4, nftTable); kernel != "" || err != nil || !has {
+			t.Errorf("second choice: %q, there is a table: %v, error %v", kernel, has, err)
+		}
+		if err = nft.send([]nftMessage{m}); err != nil {
 			t.Error(err)
 		}
 	}
