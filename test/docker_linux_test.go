@@ -38,10 +38,23 @@ const registryName = "registry.example.test:5000"
 // TestDocker builds, pushes, deletes, pulls and runs an image, and looks at the
 // world from its container.
 func TestDocker(t *testing.T) {
+	eachDockerPath(t, func(t *testing.T, path string) { testDocker(t, path) })
+}
+
+// eachDockerPath runs a suite over each path.
+func eachDockerPath(t *testing.T, suite func(t *testing.T, path string)) {
+	t.Helper()
+	for _, path := range []string{"netstack", "kernel"} {
+		t.Run(path, func(t *testing.T) { suite(t, path) })
+	}
+}
+
+func testDocker(t *testing.T, path string) {
 	n := newDockerWorld(t)
-	d := startDocker(t, n)
+	d := startDocker(t, n, path)
 	rules := ruleset(t, n.Host)
 	d.wholeRound(t)
+	d.download(t, d.image(), 64)
 	if now := ruleset(t, n.Host); now != rules {
 		t.Errorf("the host's rules were\n%s\nand are\n%s", rules, now)
 	}
@@ -70,7 +83,7 @@ func TestTwoDockers(t *testing.T) {
 		t.Fatal(err)
 	}
 	rules := ruleset(t, n.Host)
-	a, b := startDocker(t, n), startDocker(t, n)
+	a, b := startDocker(t, n, "kernel"), startDocker(t, n, "netstack")
 	var wg sync.WaitGroup
 	for _, d := range []*docker{a, b} {
 		wg.Go(func() { d.wholeRound(t) })
@@ -119,7 +132,11 @@ func newWebWorld(t *testing.T) *topo.Topology {
 		if err != nil {
 			t.Fatal(err)
 		}
-		web := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "a page of the world") })}
+		web := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if !bigPage(w, r) {
+				io.WriteString(w, "a page of the world")
+			}
+		})}
 		group := newGroup(t, web)
 		group.Go(func() { web.Serve(l) })
 		serve(t, n.World, at(f.world, 7), func(c *net.TCPConn) {
@@ -166,10 +183,20 @@ type docker struct {
 	engine *engine
 	dir    string
 	client string
+	path   string // of its traffic
+	before string // a script that runs in the namespace before dockerd
 }
 
 // startDocker starts the engine as docs/docker.md says.
-func startDocker(t *testing.T, n *topo.Topology) *docker {
+func startDocker(t *testing.T, n *topo.Topology, path string) *docker {
+	t.Helper()
+	d := newDocker(t, path)
+	d.start(t, n)
+	return d
+}
+
+// newDocker makes the files of an engine.
+func newDocker(t *testing.T, path string) *docker {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "slipway-docker-")
 	if err != nil {
@@ -189,11 +216,10 @@ func startDocker(t *testing.T, n *topo.Topology) *docker {
 	if err := os.WriteFile(dir+"/daemon.json", text, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	d := &docker{dir: dir, client: lookPath(t, "docker")}
+	d := &docker{dir: dir, client: lookPath(t, "docker"), path: path}
 	if _, err := os.Stat("/usr/bin/docker"); err == nil {
 		d.client = "/usr/bin/docker" // Debian's, where there is another too
 	}
-	d.start(t, n)
 	return d
 }
 
@@ -201,7 +227,8 @@ func (d *docker) start(t *testing.T, n *topo.Topology) {
 	t.Helper()
 	e := &engine{name: newName(), net: n, done: make(chan struct{})}
 	e.before = snapshot(t, n)
-	e.cmd = e.slipway("run", "--name", e.name, "--", "dockerd", "--data-root", d.dir+"/data", "--exec-root", d.dir+"/exec",
+	e.cmd = e.slipway("run", "--name", e.name, "--path", d.path, "--", "sh", "-c", d.before+`exec "$@"`, "sh",
+		"dockerd", "--data-root", d.dir+"/data", "--exec-root", d.dir+"/exec",
 		"--pidfile", d.dir+"/pid", "-H", "unix://"+d.dir+"/sock", "--config-file", d.dir+"/daemon.json")
 	stdin, out := e.begin(t)
 	e.stdin = stdin
@@ -271,7 +298,7 @@ func (d *docker) must(t *testing.T, args ...string) string {
 // wholeRound is the life of an image and what its containers see. Two engines in
 // the same test push under names of their own.
 func (d *docker) wholeRound(t *testing.T) {
-	image := registryName + "/" + d.engine.name + ":1"
+	image := d.image()
 	d.build(t, image)
 	d.must(t, "push", image)
 	d.must(t, "rmi", image)
@@ -286,6 +313,8 @@ func (d *docker) wholeRound(t *testing.T) {
 	}
 	d.seenInFlows(t, image)
 }
+
+func (d *docker) image() string { return registryName + "/" + d.engine.name + ":1" }
 
 // build makes an image FROM scratch with Debian's static busybox.
 func (d *docker) build(t *testing.T, image string) {
@@ -322,13 +351,13 @@ func (d *docker) seenInFlows(t *testing.T, image string) {
 		if !eventually(5*time.Second, func() bool {
 			all = readFlows(t, d.engine)
 			for _, f := range all {
-				if f.Proto == "tcp" && f.Guest.Addr().String() == address && f.Target.Addr() == topo.World4 {
+				if f.Proto == "tcp" && f.Guest.Addr().String() == address && f.Target.Addr() == topo.World4 && f.Path == d.path {
 					return true
 				}
 			}
 			return false
 		}) {
-			t.Errorf("no flow of the container %s in %v", address, all)
+			t.Errorf("no flow of the container %s on the path %s in %v", address, d.path, all)
 		}
 	}
 	d.must(t, append([]string{"rm", "-f"}, ids...)...)
