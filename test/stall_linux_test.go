@@ -434,10 +434,10 @@ func connected(t testing.TB, g *guest, f family) (guest, target *net.TCPConn) {
 	return guest, target
 }
 
-// fill writes until nothing has been taken for half a second.
+// fill writes until nothing has been taken for a quarter of a second.
 func fill(c *net.TCPConn) {
 	for b := make([]byte, 1<<20); ; {
-		c.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
+		c.SetWriteDeadline(time.Now().Add(250 * time.Millisecond))
 		if n, err := c.Write(b); err != nil && n == 0 {
 			return
 		}
