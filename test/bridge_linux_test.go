@@ -36,13 +36,7 @@ func newBridge(t testing.TB, g *guest, tables iptables) *bridge {
 	}
 	t.Cleanup(b.Close)
 	br := &bridge{Bridge: b, guest: g, tables: tables}
-	for range 2 {
-		c, err := b.Container()
-		if err != nil {
-			t.Fatal(err)
-		}
-		br.containers = append(br.containers, c)
-	}
+	br.more(t, 2)
 	if g.kind.native {
 		// So that a container still has a way back when somebody flushes its MASQUERADE,
 		// as it has with slipway.
@@ -54,6 +48,18 @@ func newBridge(t testing.TB, g *guest, tables iptables) *bridge {
 		t.Fatal(err)
 	}
 	return br
+}
+
+// more adds containers.
+func (b *bridge) more(t testing.TB, n int) {
+	t.Helper()
+	for range n {
+		c, err := b.Container()
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.containers = append(b.containers, c)
+	}
 }
 
 // places are the namespace and the first container.

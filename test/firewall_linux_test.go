@@ -32,11 +32,12 @@ type fwCase struct {
 	rules []string // {p} is the case's port
 	to    string   // whom to connect to; {world}, port {p}, if empty
 	port  int
+	from  int     // the container's index
 	want  outcome // of new connections
 	held  outcome // of connections that were there before the rules; goesOn if empty
-	// heldKernel is held on the kernel path where that differs. It does for what FORWARD
-	// says later about containers: an open connection's packets end in the guest's
-	// kernel and are not forwarded.
+	// heldKernel is held on the kernel path where that differs. It does for rules that
+	// come later about containers: an open connection's packets end in the guest's
+	// kernel, so INPUT and OUTPUT have their say, and FORWARD has none.
 	heldKernel outcome
 }
 
@@ -173,8 +174,9 @@ func markCases() []fwCase {
 	}
 }
 
-// fwGlobal are rules for everything, one set after another.
-var fwGlobal = []fwCase{
+// fwGlobal are rules for everything, one set after another. Each has a container of its
+// own: one that the kernel path failed for avoids it for a while.
+var fwGlobal = fromOwn([]fwCase{
 	{name: "INPUT only established", rules: []string{
 		"filter -A INPUT -i lo -j ACCEPT",
 		"filter -A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
@@ -186,23 +188,33 @@ var fwGlobal = []fwCase{
 		"filter -A OUTPUT -m conntrack --ctstate INVALID -j DROP",
 		"filter -A FORWARD -m conntrack --ctstate INVALID -j DROP",
 	}, want: anywhere("world")},
-	{name: "INPUT nothing at all", rules: []string{"filter -A INPUT -p ipv6-icmp -j ACCEPT", "filter -P INPUT DROP"}, want: outcome{silence, "world"}},
+	{name: "INPUT nothing at all", rules: []string{"filter -A INPUT -p ipv6-icmp -j ACCEPT", "filter -P INPUT DROP"},
+		want: outcome{silence, "world"}, held: outcome{silence, goesOn}, heldKernel: anywhere(silence)},
 	{name: "OUTPUT drops SYN-ACKs", rules: []string{"filter -A OUTPUT -p tcp --tcp-flags SYN,ACK SYN,ACK -j DROP"}, want: anywhere("world")},
-	{name: "OUTPUT drops other sources", rules: []string{"filter -A OUTPUT -p tcp ! -s {guest} -j DROP"}, want: anywhere("world")},
+	{name: "OUTPUT drops other sources", rules: []string{"filter -A OUTPUT -p tcp ! -s {guest} -j DROP"},
+		want: anywhere("world"), heldKernel: anywhere(silence)},
 	{name: "OUTPUT only to servers", rules: []string{
 		"filter -A OUTPUT -p tcp --dport 7900:9000 -j ACCEPT",
 		"filter -A OUTPUT -p ipv6-icmp -j ACCEPT",
 		"filter -P OUTPUT DROP",
-	}, want: anywhere("world")},
+	}, want: anywhere("world"), heldKernel: anywhere(silence)},
 	{name: "reverse path", rules: []string{"raw -A PREROUTING -m rpfilter --invert -j DROP"}, want: anywhere("world")},
+})
+
+func fromOwn(cases []fwCase) []fwCase {
+	for i := range cases {
+		cases[i].from = 2 + i
+	}
+	return cases
 }
 
 // fwSaid is what became of everything on one guest.
 type fwSaid struct {
-	fresh, held, flushed, global map[string]string
-	counted                      map[string]bool
-	tables                       string
-	err                          error
+	fresh, held, flushed, global, globalHeld map[string]string
+
+	counted map[string]bool
+	tables  string
+	err     error
 }
 
 // TestFirewall compares the cases, with both flavours of iptables: on new connections,
@@ -235,8 +247,10 @@ func (s *fwSaid) compare(t *testing.T, g *guest, native *fwSaid) {
 	differ(t, "with rules for all", s.global, native.global, expect(fwGlobal, fwCase.fresh))
 	if g.kind.kernel() {
 		differ(t, "a connection from before", s.held, nil, expect(fwCases(), fwCase.onKernel))
+		differ(t, "from before, with rules for all", s.globalHeld, nil, expect(fwGlobal, fwCase.onKernel))
 	} else {
 		differ(t, "a connection from before", s.held, native.held, expect(fwCases(), fwCase.before))
+		differ(t, "from before, with rules for all", s.globalHeld, native.globalHeld, expect(fwGlobal, fwCase.before))
 	}
 	for what, n := range native.counted {
 		if s.counted[what] != n {
@@ -306,6 +320,9 @@ func expect(cases []fwCase, of func(fwCase) outcome) map[string]string {
 	}
 	return all
 }
+
+// names tells whether name is of the case.
+func (c fwCase) names(name string) bool { return strings.HasPrefix(name, c.name+" from ") }
 
 func fwName(name, place string, f family) string {
 	return fmt.Sprintf("%s from %s, %s", name, place, f.name)

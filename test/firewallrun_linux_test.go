@@ -53,10 +53,12 @@ func (r *fwRun) close() {
 	}
 }
 
-// holdAll opens a connection for each case that is about world.
+// holdAll opens a connection for each case that is about world, and for the sets of
+// rules for everything.
 func (r *fwRun) holdAll(t *testing.T) {
 	t.Helper()
-	if err := r.hold(r.cases); err != nil {
+	r.b.more(t, len(fwGlobal))
+	if err := errors.Join(r.hold(r.cases), r.hold(fwGlobal)); err != nil {
 		t.Fatal(err)
 	}
 	if now := r.g.pathsOf(t); now != r.g.kind.path {
@@ -93,7 +95,11 @@ func (r *fwRun) run() (s fwSaid) {
 		return s
 	}
 	var wg sync.WaitGroup
-	wg.Go(func() { s.held = r.exchangeAll(func(string) bool { return true }) })
+	wg.Go(func() {
+		s.held = r.exchangeAll(func(name string) bool {
+			return slices.ContainsFunc(r.cases, func(c fwCase) bool { return c.names(name) })
+		})
+	})
 	s.fresh = r.probeAll(r.cases)
 	wg.Wait()
 	if s.counted, s.err = r.tables.counted(r.g.ns); s.err != nil {
@@ -110,7 +116,7 @@ func (r *fwRun) run() (s fwSaid) {
 		s.flushed["after: "+name] = now
 	}
 	if s.tables, s.err = r.g.ns.Run("", "nft", "list", "tables"); s.err == nil {
-		s.global, s.err = r.global()
+		s.err = r.global(&s)
 	}
 	return s
 }
@@ -133,20 +139,23 @@ func (r *fwRun) flush() error {
 }
 
 // global tries the rules for everything, each set alone.
-func (r *fwRun) global() (map[string]string, error) {
-	said := make(map[string]string)
+func (r *fwRun) global(s *fwSaid) error {
+	s.global, s.globalHeld = make(map[string]string), make(map[string]string)
 	for _, set := range fwGlobal {
 		if err := errors.Join(r.tables.load(r.g.ns, dockerRules...), r.tables.load(r.g.ns, set.rules...)); err != nil {
-			return nil, fmt.Errorf("%s: %w", set.name, err)
+			return fmt.Errorf("%s: %w", set.name, err)
 		}
-		for name, now := range r.probeAll([]fwCase{{name: set.name}}) {
-			said[name] = now
-		}
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			maps.Copy(s.globalHeld, r.exchangeAll(set.names))
+		})
+		maps.Copy(s.global, r.probeAll([]fwCase{set}))
+		wg.Wait()
 		if err := r.flush(); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	return said, nil
+	return nil
 }
 
 // each calls fn for every case, place and family, all at once. i is the case's index.
@@ -156,6 +165,9 @@ func (r *fwRun) each(cases []fwCase, fn func(i int, c fwCase, p place, f family)
 	var wg sync.WaitGroup
 	for i, c := range cases {
 		for _, p := range r.b.places() {
+			if p.name == "container" {
+				p.ns = r.b.containers[c.from]
+			}
 			for _, f := range families {
 				wg.Go(func() {
 					now := fn(i, c, p, f)
@@ -262,9 +274,9 @@ func greet(ns *topo.NS, address string) (net.Conn, string, error) {
 	return c, strings.TrimSpace(name), nil
 }
 
-// exchange sends a byte to an echo.
+// exchange sends a byte to an echo, which is there.
 func exchange(c net.Conn) error {
-	c.SetDeadline(time.Now().Add(fwPatience))
+	c.SetDeadline(time.Now().Add(fwPatience / 2))
 	b := []byte{'x'}
 	if _, err := c.Write(b); err != nil {
 		return err
