@@ -31,7 +31,7 @@ func TestErrors(t *testing.T) {
 		{"bad name", []string{"run", "--name", "../a", "--", "true"}, []string{`engine name "../a"`, "hint: "}},
 		{"long name", []string{"run", "--name", strings.Repeat("a", 33), "--", "true"}, []string{"1 to 32 characters", "hint: "}},
 		{"bad ports", []string{"run", "--host-access", "80,http", "--", "true"}, []string{`--host-access: "http" is no port`, "hint: "}},
-		{"kernel path", []string{"run", "--path", "kernel", "--", "true"}, []string{`--path: "kernel" is not available in this version`, "hint: "}},
+		{"unknown path", []string{"run", "--path", "tunnel", "--", "true"}, []string{`--path: "tunnel" is not allowed`, "hint: "}},
 		{"bad isolation", []string{"run", "--isolate", "user", "--", "true"}, []string{"--isolate: ", "hint: "}},
 		{"missing file", []string{"run", "--config", "/none.toml", "--", "true"}, []string{"slipway: read config on /none.toml: no such file"}},
 		{"every problem of a file", []string{"run", "--config", bad, "--", "true"},
