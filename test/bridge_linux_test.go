@@ -144,11 +144,11 @@ func (f iptables) flush(ns *topo.NS) error {
 	return nil
 }
 
-// counted returns the comments of the rules that matched a packet.
+// counted tells for the comment of each rule of mangle whether it matched a packet.
 func (f iptables) counted(ns *topo.NS) (map[string]bool, error) {
 	all := make(map[string]bool)
 	for _, fam := range families {
-		out, err := ns.Run("", f.command(fam)+"-save", "-c")
+		out, err := ns.Run("", f.command(fam)+"-save", "-c", "-t", "mangle")
 		if err != nil {
 			return nil, err
 		}
