@@ -11,9 +11,11 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/slipway-net/slipway/test/topo"
 	"golang.org/x/sys/unix"
 )
 
@@ -364,4 +366,144 @@ func cpuTime(t testing.TB, pid int) time.Duration {
 		ticks += n
 	}
 	return time.Duration(ticks) * time.Second / 100 // USER_HZ
+}
+
+// TestShortFlows opens and ends thousands of flows in every way a guest can, from the
+// namespace and from containers, both families: all are answered, nothing is left.
+func TestShortFlows(t *testing.T) {
+	const workers, rounds = 16, 100
+	eachEngine(t, func(t *testing.T, g *guest) {
+		from := append(newContainers(t, g.ns), g.ns)
+		var addresses []string
+		for _, f := range families {
+			addresses = append(addresses, echoServer(t, g.net.World, at(f.world, 0)))
+		}
+		start := settled(t, g.engine, nil)
+		var wg sync.WaitGroup
+		for w := range workers {
+			wg.Go(func() {
+				for i := range rounds {
+					if err := shortFlow(from[w%len(from)], addresses[i%2], i/2%4); err != nil {
+						t.Errorf("worker %d, flow %d: %v", w, i, err)
+						return
+					}
+				}
+			})
+		}
+		wg.Wait()
+		settled(t, g.engine, &start)
+		noneRefused(t, g.engine)
+	})
+}
+
+// shortFlow opens a flow and ends it in one of four ways.
+func shortFlow(ns *topo.NS, address string, way int) error {
+	conn, err := ns.Dial("tcp", address, 10*time.Second)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	c := conn.(*net.TCPConn)
+	switch way {
+	case 0: // reset without a word
+		return c.SetLinger(0)
+	case 1: // end in order
+		return echoOnce(c)
+	case 2: // reset after a word
+		return errors.Join(echoOnce(c), c.SetLinger(0))
+	}
+	// More comes back than is read: the close is a reset.
+	_, err = c.Write(cachedPattern(100_000))
+	return errors.Join(err, c.CloseWrite())
+}
+
+// TestPortsAgain connects again from the port of a connection that has just ended.
+func TestPortsAgain(t *testing.T) {
+	ways := map[string]func(c *net.TCPConn, guest bool){
+		"end by target": func(c *net.TCPConn, guest bool) {
+			if guest {
+				io.Copy(io.Discard, c)
+			}
+		},
+		"reset by target": func(c *net.TCPConn, guest bool) {
+			if guest {
+				c.Write([]byte("y"))
+				io.Copy(io.Discard, c)
+				return
+			}
+			io.ReadFull(c, make([]byte, 1))
+			c.SetLinger(0)
+		},
+		"reset by guest": func(c *net.TCPConn, guest bool) {
+			if guest {
+				c.SetLinger(0)
+				return
+			}
+			io.Copy(io.Discard, c)
+		},
+	}
+	eachGuest(t, func(t *testing.T, g *guest) {
+		rounds := 10
+		if g.kind.path == "netstack" {
+			rounds = 2 // each takes a repeated SYN, 1 s
+		}
+		eachFamily(t, func(t *testing.T, f family) {
+			for name, end := range ways {
+				a := serve(t, g.net.World, at(f.world, 0), func(c *net.TCPConn) {
+					defer c.Close()
+					c.Write([]byte("x"))
+					end(c, false)
+				})
+				local := at(f.guest, 5555)
+				for i := range rounds {
+					var err error
+					try := func() bool {
+						err = portOnce(g.ns, local, a.String(), end)
+						return err == nil
+					}
+					// The port is busy until the guest's last FIN is acknowledged, and
+					// netstack needs a moment to forget.
+					for deadline := time.Now().Add(3 * time.Second); !try() && time.Now().Before(deadline); {
+						busy := errors.Is(err, unix.EADDRNOTAVAIL)
+						forgetful := errors.Is(err, unix.ECONNREFUSED) || os.IsTimeout(err)
+						if !busy && !(g.kind.path == "netstack" && forgetful) {
+							break
+						}
+						time.Sleep(10 * time.Millisecond)
+					}
+					if err != nil {
+						t.Errorf("%s, round %d: %v", name, i, err)
+						break
+					}
+				}
+			}
+		})
+	})
+}
+
+// portOnce has one connection from a port of the guest.
+func portOnce(ns *topo.NS, local, address string, end func(c *net.TCPConn, guest bool)) error {
+	from, err := net.ResolveTCPAddr("tcp", local)
+	if err != nil {
+		return err
+	}
+	d := net.Dialer{Timeout: 2 * time.Second, LocalAddr: from, Control: func(_, _ string, c syscall.RawConn) (err error) {
+		cerr := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
+		return errors.Join(err, cerr)
+	}}
+	var c net.Conn
+	err = ns.Do(func() (err error) {
+		c, err = d.Dial("tcp", address)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(5 * time.Second))
+	if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+		return err
+	}
+	end(c.(*net.TCPConn), true)
+	return nil
 }
