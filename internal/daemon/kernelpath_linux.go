@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -165,8 +166,10 @@ func (k *kernelPath) Answer(t flow.Tuple, syn []byte, h link.Header, v flow.Verd
 func (e *engine) chooseKernel() error {
 	if k := e.kernel; k != nil {
 		n := &e.net
-		k.v4 = e.probeKernel(k.files.Probe4, n.Guest4, n.Gateway4)
-		k.v6 = e.probeKernel(k.files.Probe6, n.Guest6, n.Gateway6)
+		var both sync.WaitGroup
+		both.Go(func() { k.v4 = e.probeKernel(k.files.Probe4, n.Guest4, n.Gateway4) })
+		both.Go(func() { k.v6 = e.probeKernel(k.files.Probe6, n.Guest6, n.Gateway6) })
+		both.Wait()
 		if r := e.agent.Report().Kernel6; r != "" {
 			k.v6 = errors.New(r)
 		}
@@ -220,11 +223,14 @@ func (e *engine) probeKernel(sock *os.File, guest, gateway netip.Addr) error {
 	}
 	// On a busy machine an answer can be late. The second try is the guest's: its
 	// kernel repeats the SYN after a second (RFC 6298).
-	if err = e.probeOnce(t, func() error { return unix.Connect(fd, sockaddr(t.Target)) }); err != nil {
+	if err = e.probeOnce(t, func() error { return unix.Connect(fd, sockaddr(t.Target)) }); errors.Is(err, errLateAnswer) {
 		err = e.probeOnce(t, func() error { return nil })
 	}
 	return err
 }
+
+// errLateAnswer says that a SYN was given back and no connection came of it.
+var errLateAnswer = errors.New("self-test: the guest's kernel did not answer a SYN that was given back to it")
 
 // probeOnce is one try.
 func (e *engine) probeOnce(t flow.Tuple, connect func() error) error {
@@ -238,7 +244,7 @@ func (e *engine) probeOnce(t flow.Tuple, connect func() error) error {
 	select {
 	case ok := <-answered:
 		if !ok {
-			return errors.New("self-test: the guest's kernel did not answer a SYN that was given back to it")
+			return errLateAnswer
 		}
 		return nil
 	case <-late.C:

@@ -53,12 +53,14 @@ table %[1]s want {
 	}
 	chain prerouting {
 		type filter hook prerouting priority -90
+		meta mark and 0x1000 == 0x1000 meta mark set meta mark and 0xffffefff
 		iifname "slipway0" tcp flags & (fin | syn | rst | ack) == syn fib daddr type != local tproxy to %[2]s meta mark set meta mark or 0x1000 accept
 		tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 meta mark set meta mark or 0x1000
 	}
 	chain output {
 		type route hook output priority -90
-		meta l4proto tcp ct direction original ct label 124 meta mark set meta mark or 0x1000 accept
+		meta mark and 0x1000 == 0x1000 meta mark set meta mark and 0xffffefff
+		tcp flags & (fin | syn | rst | ack) != syn ct direction original ct label 124 meta mark set meta mark or 0x1000 accept
 		oif lo tcp flags & (syn | ack) == syn | ack fib saddr type != local ct label set 124
 	}
 }

@@ -18,13 +18,16 @@ import (
 //		}
 //		chain prerouting {
 //			type filter hook prerouting priority -90
+//			meta mark & 0x1000 == 0x1000 meta mark set meta mark & 0xffffefff
 //			iifname TUN tcp flags & (fin | syn | rst | ack) == syn fib daddr type != local \
 //				tproxy to GATEWAY:PORT meta mark set meta mark | 0x1000 accept
 //			tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 meta mark set meta mark | 0x1000
 //		}
 //		chain output {
 //			type route hook output priority -90
-//			meta l4proto tcp ct direction original ct label 124 meta mark set meta mark | 0x1000 accept
+//			meta mark & 0x1000 == 0x1000 meta mark set meta mark & 0xffffefff
+//			tcp flags & (fin | syn | rst | ack) != syn ct direction original ct label 124 \
+//				meta mark set meta mark | 0x1000 accept
 //			oif lo tcp flags & (syn | ack) == syn | ack fib saddr type != local ct label set 124
 //		}
 //		chain identity {
@@ -151,12 +154,16 @@ func (f nftFamily) kernelChains(tun string, listen netip.AddrPort, tag connTag) 
 			join(syn, &expr.Notrack{}),
 		}, ""},
 		{"prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, steerPriority, [][]expr.Any{
+			clearMark(),
 			join(syn, f.tproxy(listen), setMark(), accept()),
 			join(tcpFlags(all, expr.CmpOpNeq, tcpSYN),
 				&expr.Socket{Key: expr.SocketKeyTransparent, Register: 1}, equal([]byte{1}), setMark()),
 		}, ""},
 		{"output", nftables.ChainTypeRoute, nftables.ChainHookOutput, steerPriority, [][]expr.Any{
-			join(isTCP(),
+			clearMark(),
+			// A SYN begins a new connection, even where conntrack takes it for the
+			// next one of an entry that a target's RST has closed.
+			join(tcpFlags(all, expr.CmpOpNeq, tcpSYN),
 				&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, equal([]byte{0}),
 				tag.has, setMark(), accept()),
 			join(&expr.Meta{Key: expr.MetaKeyOIF, Register: 1}, equal(host32(loopback)),
@@ -218,6 +225,16 @@ func elsewhere(by expr.Fib) []expr.Any {
 func setMark() []expr.Any {
 	return []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, withBit(),
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1, SourceRegister: true},
+	}
+}
+
+// clearMark takes our bit from packets to which the guest's own rules gave it: they would
+// be kept here.
+func clearMark() []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, masked(KernelMark, 0), equal(host32(KernelMark)),
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, masked(^uint32(KernelMark), 0),
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1, SourceRegister: true},
 	}
 }

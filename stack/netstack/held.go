@@ -55,8 +55,7 @@ type Kernel interface {
 type kernelPath struct {
 	Kernel
 	v4, v6  bool // in use
-	probe   flow.Tuple
-	probed  func(ok bool)
+	probes  map[flow.Tuple]func(ok bool)
 	detours map[netip.Addr]time.Time // guests, until when
 
 	mu    sync.Mutex // guards the field below
@@ -71,7 +70,12 @@ func (s *Stack) UseKernel(v4, v6 bool) {
 // ProbeKernel has the next SYN of t answered by the kernel path, and calls done with
 // how it went, if that SYN comes.
 func (s *Stack) ProbeKernel(t flow.Tuple, done func(ok bool)) {
-	s.kernelDo(func(k *kernelPath) { k.probe, k.probed = t, done })
+	s.kernelDo(func(k *kernelPath) {
+		if k.probes == nil {
+			k.probes = make(map[flow.Tuple]func(bool))
+		}
+		k.probes[t] = done
+	})
 }
 
 // kernelDo has f called before the next packet is looked at.
@@ -141,8 +145,8 @@ func (r *reader) hold(ip *ipInfo, segment []byte, toGateway bool) bool {
 		Guest:  netip.AddrPortFrom(ip.src, h.SourcePort()),
 		Target: netip.AddrPortFrom(ip.dst, h.DestinationPort()),
 	}
-	if done := s.kernel.probed; done != nil && t == s.kernel.probe {
-		s.kernel.probed = nil
+	if done := s.kernel.probes[t]; done != nil {
+		delete(s.kernel.probes, t)
 		s.kernel.Answer(t, r.head[:r.n], r.hdr, flow.Verdict{}, done)
 		return true
 	}
