@@ -143,7 +143,12 @@ func markCases() []fwCase {
 			seen("POSTROUTING", "--dport {p}", mark, mark+" in POSTROUTING"),
 		}}
 	}
+	ours := mark("our own bit", "--set-mark 0x1000", "0x1000")
+	all := mark("all bits", "--set-mark 0xffffffff", "0xffffffff")
+	// slipway takes its bit away (docs/paths.md), so FORWARD does not see it.
+	ours.rules, all.rules = ours.rules[:2], all.rules[:2]
 	return []fwCase{
+		ours, all,
 		mark("one bit by set-xmark", "--set-xmark 0x4000/0x4000", "0x4000"),
 		mark("another by set-xmark", "--set-xmark 0x8000/0x8000", "0x8000"),
 		mark("all by set-mark", "--set-mark 0x8000", "0x8000"),
