@@ -115,9 +115,6 @@ func (l *leg) Ready(events uint32) bool {
 	if p.over || p.last != nil {
 		return false
 	}
-	if l.bulk || o.bulk {
-		p.s.loop.Calm()
-	}
 	if l.failed && !more { // and reading did not bring it up: the other side is blocked
 		p.reset(o)
 		return false
