@@ -446,8 +446,7 @@ func fill(c *net.TCPConn) {
 
 // TestResetBehindData: what the other side's kernel has acknowledged is read before the
 // reset is seen, as long as somebody reads. Through slipway it is slipway that has
-// acknowledged, and of what is still on the way from there netstack promises what a TCP
-// sends without waiting (RFC 6928, ten segments), the kernel path what a socket takes.
+// acknowledged, and it delivers that before it passes the reset on.
 func TestResetBehindData(t *testing.T) {
 	eachGuest(t, func(t *testing.T, g *guest) {
 		eachFamily(t, func(t *testing.T, f family) {
@@ -476,14 +475,7 @@ func TestResetBehindData(t *testing.T) {
 						from.SetLinger(0)
 						from.Close()
 						b := receive(t, got)
-						promised := 10 * 1400
-						switch {
-						case g.engine == nil:
-							promised = size
-						case g.kind.kernel():
-							promised = 64 << 10
-						}
-						if size <= promised && len(b) != size || !bytes.HasPrefix(data, b) || !errors.Is(end, syscall.ECONNRESET) {
+						if len(b) != size || !bytes.HasPrefix(data, b) || !errors.Is(end, syscall.ECONNRESET) {
 							t.Errorf("read %d of %d acknowledged bytes, then %v", len(b), size, end)
 						}
 					})
