@@ -151,6 +151,7 @@ func setEstablished(fd int, a netip.Addr) {
 		level, opt = unix.SOL_IP, unix.IP_RECVERR
 	}
 	unix.SetsockoptInt(fd, level, opt, 0)
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) // urgent data is data
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
 	unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_KEEPIDLE, int(keepIdle/time.Second))
 	unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_KEEPINTVL, int(keepInterval/time.Second))

@@ -50,6 +50,9 @@ func (c *hostConn) ReadBuf(pool *flow.BufPool) (*flow.Buf, error) {
 	return buf, nil
 }
 
+// Drained implements flow.Conn; package net does not tell.
+func (c *hostConn) Drained() bool { return true }
+
 // Abort implements flow.Conn.
 func (c *hostConn) Abort() {
 	c.SetLinger(0)

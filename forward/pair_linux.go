@@ -80,6 +80,9 @@ type leg struct {
 	shut     bool // our FIN was sent to it
 	bulk     bool // read with splice(2)
 	short    uint8
+	paced    bool  // looked at every tick, and not told of what arrives
+	idle     uint8 // ticks without anything
+	asked    bool  // for the next tick
 
 	left *flow.Buf // bytes for this socket that it did not take yet, or
 	pipe *pipe     // the same, in a pipe
@@ -107,6 +110,10 @@ func (l *leg) Ready(events uint32) bool {
 		p.last.look()
 		return false
 	}
+	if events == 0 && l.asked {
+		l.asked, l.readable = false, true
+		l.idle++
+	}
 	o := p.other(l)
 	more := p.pump(l, o)
 	if !p.over && p.last == nil {
@@ -115,6 +122,8 @@ func (l *leg) Ready(events uint32) bool {
 	if p.over || p.last != nil {
 		return false
 	}
+	p.pace(l, more)
+	p.pace(o, more)
 	if l.failed && !more { // and reading did not bring it up: the other side is blocked
 		p.reset(o)
 		return false
@@ -158,6 +167,31 @@ func (p *pair) pump(src, dst *leg) (more bool) {
 	return true
 }
 
+const (
+	watchAll   = watchPaced | loop.Readable
+	watchPaced = loop.Writable | loop.PeerShut | loop.Urgent
+	// idleMost is how many ticks without data make a paced leg an ordinary one again.
+	idleMost = 10
+)
+
+// pace decides how l is to be told of what arrives. more tells that the pair has another
+// turn anyway.
+func (p *pair) pace(l *leg, more bool) {
+	switch {
+	case !l.paced && l.bulk && !l.readable && !l.eof && !l.urgent:
+		l.paced, l.idle = true, 0
+		p.s.loop.Change(l.fd, l.ref, watchPaced)
+	case l.paced && (l.idle >= idleMost || l.short >= shortMost || l.eof || l.urgent):
+		l.paced, l.bulk = false, false
+		p.s.loop.Change(l.fd, l.ref, watchAll)
+		return
+	}
+	if l.paced && !more && !l.readable && !l.asked {
+		l.asked = true
+		p.s.loop.Later(l.ref)
+	}
+}
+
 // carry does one read and what follows from it; false ends the turn.
 func (p *pair) carry(src, dst *leg) bool {
 	if src.bulk && !src.urgent {
@@ -182,7 +216,7 @@ func (p *pair) copy(src, dst *leg) bool {
 	}
 	m, errno := rawWrite(dst.fd, b)
 	switch {
-	case errno == unix.EAGAIN:
+	case errno == unix.EAGAIN, errno == unix.EINTR:
 		m = 0
 	case errno != 0:
 		p.abort()
@@ -210,9 +244,10 @@ func (p *pair) splice(src, dst *leg, pp *pipe) bool {
 		p.s.pipes.put(pp)
 		return p.readEnd(src, dst, errno)
 	}
+	src.idle = 0
 	if n >= bulkFloor {
 		src.short = 0
-	} else if src.short++; src.short >= shortMost {
+	} else if src.short++; src.short >= shortMost && !src.paced {
 		src.bulk = false
 	}
 	pp.n = n
@@ -342,6 +377,9 @@ func (p *pair) end() {
 		}
 	}
 	delete(p.s.pairs, p)
+	if t := p.flow.Tuple; p.s.byTuple[t] == p {
+		delete(p.s.byTuple, t)
+	}
 	p.s.f.close(p.flow)
 }
 

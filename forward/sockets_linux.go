@@ -23,6 +23,7 @@ type Sockets struct {
 
 	// of the loop's thread
 	pairs   map[*pair]struct{}
+	byTuple map[flow.Tuple]*pair // the youngest of each
 	dials   map[*Dial]struct{}
 	scratch []byte
 	pipes   pipes
@@ -33,7 +34,7 @@ type Sockets struct {
 func (f *Forwarder) NewSockets(l *loop.Loop) *Sockets {
 	return &Sockets{
 		f: f, loop: l, scratch: make([]byte, smallRead),
-		pairs: make(map[*pair]struct{}), dials: make(map[*Dial]struct{}),
+		pairs: make(map[*pair]struct{}), byTuple: make(map[flow.Tuple]*pair), dials: make(map[*Dial]struct{}),
 	}
 }
 
@@ -206,6 +207,7 @@ func (s *Sockets) Join(guest int, v flow.Verdict) {
 		return
 	}
 	s.pairs[p] = struct{}{}
+	s.byTuple[v.Flow.Tuple] = p
 	for i, fd := range []int{guest, host} {
 		p.legs[i] = leg{pair: p, fd: fd, writable: true}
 	}
@@ -213,11 +215,17 @@ func (s *Sockets) Join(guest int, v flow.Verdict) {
 		l := &p.legs[i]
 		var err error
 		// Adding reports at once what is there already.
-		if l.ref, err = s.loop.Add(l.fd, loop.Readable|loop.Writable|loop.PeerShut|loop.Urgent, l); err != nil {
+		if l.ref, err = s.loop.Add(l.fd, watchAll, l); err != nil {
 			p.abort()
 			return
 		}
 	}
+}
+
+// Live reports whether t is a joined connection whose guest has not been reset.
+func (s *Sockets) Live(t flow.Tuple) bool {
+	p := s.byTuple[t]
+	return p != nil && p.last == nil
 }
 
 // heldHost is a connected host socket that belongs to nobody's poller yet: Join takes

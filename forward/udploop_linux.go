@@ -39,23 +39,14 @@ func (p polled) Ready(events uint32) bool {
 	return p.on.more
 }
 
-// add starts to receive from fd. Elsewhere than on the loop's thread it does so soon,
-// and an error, which is the kernel's for want of memory, shows in that nothing comes.
-func (e *eventLoop) add(fd int, s pollable) (err error) {
-	watch := func() {
-		var ref loop.Ref
-		if ref, err = e.loop.Add(fd, loop.Readable, polled{e, s}); err == nil {
-			e.refs[s] = ref
-		}
+// add starts to receive from fd. It is called on the loop's thread, where the guest's
+// datagrams are read.
+func (e *eventLoop) add(fd int, s pollable) error {
+	ref, err := e.loop.Add(fd, loop.Readable, polled{e, s})
+	if err == nil {
+		e.refs[s] = ref
 	}
-	if e.loop.Inside() {
-		watch()
-		return err
-	}
-	if !e.loop.Post(watch) {
-		return errPollerClosed
-	}
-	return nil
+	return err
 }
 
 // remove stops to receive for s, whose descriptor the caller closes next. Its number may

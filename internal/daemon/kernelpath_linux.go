@@ -161,6 +161,9 @@ func (k *kernelPath) Answer(t flow.Tuple, syn []byte, h link.Header, v flow.Verd
 	k.path.Answer(t, syn, h, v, then)
 }
 
+// Live implements netstack.Kernel.
+func (k *kernelPath) Live(t flow.Tuple) bool { return k.sockets.Live(t) }
+
 // chooseKernel tests the kernel path and uses it for the families where it works. It
 // returns an error if it does for none and the configuration insists.
 func (e *engine) chooseKernel() error {

@@ -187,6 +187,7 @@ func listenOn(fd int, a netip.Addr) (port int, err error) {
 	}
 	option(unix.SOL_TCP, unix.TCP_NODELAY, 1)
 	option(unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+	option(unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) // urgent data is data
 	option(unix.SOL_TCP, unix.TCP_KEEPIDLE, keepIdle)
 	option(unix.SOL_TCP, unix.TCP_KEEPINTVL, keepInterval)
 	option(unix.SOL_TCP, unix.TCP_KEEPCNT, keepCount)

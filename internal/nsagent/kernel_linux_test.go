@@ -55,6 +55,7 @@ table %[1]s want {
 		type filter hook prerouting priority -90
 		meta mark and 0x1000 == 0x1000 meta mark set meta mark and 0xffffefff
 		iifname "slipway0" tcp flags & (fin | syn | rst | ack) == syn fib daddr type != local tproxy to %[2]s meta mark set meta mark or 0x1000 accept
+		iifname "slipway0" tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 ct label set 124
 		tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 meta mark set meta mark or 0x1000
 	}
 	chain output {

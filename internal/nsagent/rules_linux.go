@@ -21,6 +21,7 @@ import (
 //			meta mark & 0x1000 == 0x1000 meta mark set meta mark & 0xffffefff
 //			iifname TUN tcp flags & (fin | syn | rst | ack) == syn fib daddr type != local \
 //				tproxy to GATEWAY:PORT meta mark set meta mark | 0x1000 accept
+//			iifname TUN tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 ct label set 124
 //			tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 meta mark set meta mark | 0x1000
 //		}
 //		chain output {
@@ -156,6 +157,10 @@ func (f nftFamily) kernelChains(tun string, listen netip.AddrPort, tag connTag) 
 		{"prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, steerPriority, [][]expr.Any{
 			clearMark(),
 			join(syn, f.tproxy(listen), setMark(), accept()),
+			// The daemon gives back what came out although it should not: conntrack had
+			// forgotten the label.
+			join(device(expr.MetaKeyIIFNAME, tun), tcpFlags(all, expr.CmpOpNeq, tcpSYN),
+				&expr.Socket{Key: expr.SocketKeyTransparent, Register: 1}, equal([]byte{1}), tag.set),
 			join(tcpFlags(all, expr.CmpOpNeq, tcpSYN),
 				&expr.Socket{Key: expr.SocketKeyTransparent, Register: 1}, equal([]byte{1}), setMark()),
 		}, ""},

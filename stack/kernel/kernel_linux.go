@@ -160,6 +160,8 @@ func (p *Path) Answer(t flow.Tuple, syn []byte, h link.Header, v flow.Verdict, t
 		l.watch(true)
 		a.timer = time.AfterFunc(answerTime, func() {
 			p.cfg.Loop.Post(func() {
+				for p.waiting[t] == a && l.accept() { // it may lie in the queue since we were busy
+				}
 				if p.waiting[t] == a {
 					p.done(t, a, false)
 				}

@@ -168,6 +168,10 @@ func (ds *dials) reset(t flow.Tuple, seq uint32) bool {
 	if d == nil || d.gone || seq-d.seq() > 1 {
 		return false
 	}
+	if d.held.ownReset {
+		d.held.ownReset = false
+		return false
+	}
 	d.giveUp()
 	return true
 }

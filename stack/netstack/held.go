@@ -28,6 +28,11 @@ import (
 // be in the guest's kernel is reset first, as it would catch the guest's packets. Such
 // a guest's next connections go to gVisor at once, for detourTime.
 //
+// A segment of a connection that the guest's kernel has is given back to it, SYN or not.
+// A repeated SYN may have waited in the device's queue while the first was answered; and
+// other segments come out when the rules that keep them inside are missing for a moment,
+// or conntrack has forgotten the connection.
+//
 // A SYN of more than headLen bytes (one that carries data) and one for a connection
 // that gVisor has are gVisor's.
 
@@ -48,6 +53,9 @@ type Kernel interface {
 	// Answer has the guest's kernel answer syn, which was read with h, and takes
 	// over v; or it calls then with false, and v stays the caller's.
 	Answer(t flow.Tuple, syn []byte, h link.Header, v flow.Verdict, then func(ok bool))
+
+	// Live reports whether t is a connection that the guest's kernel has.
+	Live(t flow.Tuple) bool
 }
 
 // kernelPath is what a Stack knows about it. But for mu's, its fields belong to the
@@ -130,20 +138,24 @@ func (k *kernelPath) avoid(guest netip.Addr) {
 // did. Its checksum is right.
 func (r *reader) hold(ip *ipInfo, segment []byte, toGateway bool) bool {
 	s := r.s
-	if s.kernel.Kernel == nil || len(segment) < header.TCPMinimumSize || r.n > headLen {
+	if s.kernel.Kernel == nil || len(segment) < header.TCPMinimumSize {
 		return false
 	}
 	h := header.TCP(segment)
-	if h.Flags()&(header.TCPFlagSyn|header.TCPFlagAck|header.TCPFlagRst|header.TCPFlagFin) != header.TCPFlagSyn {
-		return false
-	}
-	if s.kernelTodo.Swap(false) {
-		s.kernel.catchUp()
-	}
 	t := flow.Tuple{
 		Proto:  flow.TCP,
 		Guest:  netip.AddrPortFrom(ip.src, h.SourcePort()),
 		Target: netip.AddrPortFrom(ip.dst, h.DestinationPort()),
+	}
+	if s.kernel.Live(t) {
+		r.giveBack()
+		return true
+	}
+	if r.n > headLen || h.Flags()&(header.TCPFlagSyn|header.TCPFlagAck|header.TCPFlagRst|header.TCPFlagFin) != header.TCPFlagSyn {
+		return false
+	}
+	if s.kernelTodo.Swap(false) {
+		s.kernel.catchUp()
 	}
 	if done := s.kernel.probes[t]; done != nil {
 		delete(s.kernel.probes, t)
@@ -158,6 +170,18 @@ func (r *reader) hold(ip *ipInfo, segment []byte, toGateway bool) bool {
 		return true
 	}
 	return r.dial(t, h)
+}
+
+// giveBack writes the packet that was read into the guest's kernel.
+func (r *reader) giveBack() {
+	parts := [][]byte{r.head[:min(r.n, headLen)], nil}
+	if r.n > headLen {
+		parts[1] = r.chunk.AsSlice()[headLen:r.n]
+	}
+	r.s.stats.givenBack.Add(1)
+	if err := r.s.cfg.Link.WritePacket(r.hdr, parts); err != nil {
+		r.s.stats.writeErrors.Add(1)
+	}
 }
 
 // hasConnection reports whether t is a connection of gVisor's.
@@ -216,8 +240,6 @@ func (s *Stack) answered(d *dial, v flow.Verdict, ok bool) {
 		return
 	}
 	s.stats.detours.Add(1)
-	v.Flow.FallBack()
-	s.kernel.avoid(d.tuple.Guest.Addr())
 	s.forgetHalfOpen(d)
 	if !s.dials.keep(d, v, func() {
 		s.forward.Discard(v)
@@ -238,8 +260,10 @@ func (s *Stack) resetGuest(d *dial) {
 }
 
 // forgetHalfOpen has the guest's kernel forget the connection that the held SYN may
-// have begun there: a RST of the guest's in its place.
+// have begun there: a RST of the guest's in its place. Where there is none, and the guest
+// forwards, the RST comes out again.
 func (s *Stack) forgetHalfOpen(d *dial) {
+	s.dials.ignoreReset(d)
 	s.writeSegment(d.tuple.Guest, d.tuple.Target, header.TCPFields{SeqNum: d.seq() + 1, Flags: header.TCPFlagRst})
 }
 
@@ -261,7 +285,8 @@ type heldSYN struct {
 	n      int
 	hdr    link.Header
 
-	kept *flow.Verdict // for gVisor, once the kernel path failed
+	kept     *flow.Verdict // for gVisor, once the kernel path failed
+	ownReset bool          // the next RST may be ours
 }
 
 // canBeCancelled notes how to cancel the dial of d, nil meaning that it is over.
@@ -309,6 +334,13 @@ func (ds *dials) keeps(d *dial) bool {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
 	return d.held.kept != nil
+}
+
+// ignoreReset has the next RST for d, which may be our own, mean nothing.
+func (ds *dials) ignoreReset(d *dial) {
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	d.held.ownReset = true
 }
 
 // detour gives the kept verdict to gVisor, which has the repeated SYN, and reports

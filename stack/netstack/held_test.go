@@ -19,6 +19,7 @@ import (
 type fakeKernel struct {
 	decide func(t flow.Tuple) (v flow.Verdict, now bool)
 	accept bool // the guest's kernel completes handshakes
+	live   func(t flow.Tuple) bool
 
 	mu        sync.Mutex
 	open      map[flow.Tuple]func(flow.Verdict)
@@ -59,6 +60,8 @@ func (k *fakeKernel) Answer(_ flow.Tuple, syn []byte, _ link.Header, _ flow.Verd
 	k.mu.Unlock()
 	then(k.accept)
 }
+
+func (k *fakeKernel) Live(t flow.Tuple) bool { return k.live != nil && k.live(t) }
 
 func (k *fakeKernel) do(f func()) {
 	k.mu.Lock()
@@ -254,6 +257,24 @@ func TestKernelLeavesOthersAlone(t *testing.T) {
 	b.receive() // gVisor's RST
 	if n, _ := k.counts(); n != 0 {
 		t.Errorf("%d SYNs were given back", n)
+	}
+}
+
+// TestKernelGivesBack has segments of a connection that the guest's kernel has come out.
+func TestKernelGivesBack(t *testing.T) {
+	k := &fakeKernel{decide: always(flow.Verdict{Answer: flow.Connect}), live: func(flow.Tuple) bool { return true }}
+	b := startKernel(t, k)
+	f := families[0]
+	long := ipPacket(f.guest.Addr(), f.target.Addr(), header.TCPProtocolNumber, append(segment(f.guest, f.target,
+		header.TCPFields{SeqNum: 1, AckNum: 1, Flags: header.TCPFlagAck})[header.IPv4MinimumSize:], pattern(3000)...))
+	for _, pkt := range [][]byte{syn(f.guest, f.target), long} {
+		b.send(link.Header{Flags: link.DataValid}, pkt)
+		if got, h := b.receive(); !bytes.Equal(got, pkt) || h.Flags != link.DataValid {
+			t.Errorf("%d bytes came back for %d", len(got), len(pkt))
+		}
+	}
+	if n, _ := k.counts(); n != 0 || b.dials.len() != 0 || b.Stats().GivenBack != 2 {
+		t.Errorf("%d answers, %d dials, %d given back", n, b.dials.len(), b.Stats().GivenBack)
 	}
 }
 

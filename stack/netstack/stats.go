@@ -25,6 +25,7 @@ type counters struct {
 	guestLimit  atomic.Uint64
 	gaveUp      atomic.Uint64
 	detours     atomic.Uint64
+	givenBack   atomic.Uint64
 }
 
 // Stats is what happened on a Stack's link since it was made. Bytes are bytes of IP
@@ -43,6 +44,10 @@ type Stats struct {
 	// Detours counts connections of the kernel path that the guest's kernel did not
 	// complete, and that took netstack if the guest still wanted them.
 	Detours uint64 `json:"detours"`
+
+	// GivenBack counts segments of connections that the guest's kernel has, which came
+	// out nevertheless.
+	GivenBack uint64 `json:"given_back"`
 
 	Drops Drops `json:"drops"`
 }
@@ -71,6 +76,7 @@ func (s *Stack) Stats() Stats {
 		Dials:            s.dials.len(),
 		GaveUp:           c.gaveUp.Load(),
 		Detours:          c.detours.Load(),
+		GivenBack:        c.givenBack.Load(),
 		Drops: Drops{
 			Martian:     c.martian.Load(),
 			Malformed:   c.malformed.Load(),

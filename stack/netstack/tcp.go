@@ -165,7 +165,12 @@ func (s *Stack) connect(d *dial, r *tcp.ForwarderRequest, v flow.Verdict) *guest
 		s.forward.Discard(v)
 		return nil
 	}
-	s.dials.know(tupleOf(id).Guest.Addr())
+	guest := tupleOf(id).Guest.Addr()
+	s.dials.know(guest)
+	if d.held.kept != nil {
+		v.Flow.FallBack()
+		s.kernelDo(func(k *kernelPath) { k.avoid(guest) })
+	}
 	limitBuffers(ep, size)
 	return newGuestConn(ep, wq)
 }
