@@ -86,7 +86,7 @@ func newProbe() *cobra.Command {
 		Use:   "probe",
 		Short: "Try DNS, TCP, UDP, ping and host access from inside an engine",
 		Long: "Try every kind of traffic from where it is started, which should be inside an engine, one\n" +
-			"line for each with time and path. The exit status is 1 when one failed.\n\n" +
+			"line for each with its time. The exit status is 1 when one failed.\n\n" +
 			"Further targets are tried when they are given with --target: tcp4, tcp6, udp4, udp6 with\n" +
 			"ADDRESS:PORT of an echo service, ping4, ping6 with ADDRESS, host-tcp, host-udp with a port of the\n" +
 			"host's loopback that host_access opens, name with a name to resolve.",

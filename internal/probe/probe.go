@@ -34,8 +34,6 @@ const (
 	runLimit   = 9500 * time.Millisecond // all of them; callers count on less than 10 s
 	repeatAt   = 500 * time.Millisecond  // an unanswered datagram is sent again
 
-	// netstackPath is how an engine's bytes travel unless Targets say otherwise.
-	netstackPath = "netstack"
 )
 
 // Built-in names of every engine.
@@ -46,25 +44,24 @@ const (
 
 // Result is the outcome of one check.
 type Result struct {
-	Name    string        `json:"name"`    // what was tried: "tcp v4"
-	Target  string        `json:"target"`  // on what; may be empty for a skipped check
-	OK      bool          `json:"ok"`      // false if Skipped
-	Skipped bool          `json:"skipped"` // not tried; Detail says why
-	Took    time.Duration `json:"took_ns"` // zero if Skipped
-	Path    string        `json:"path,omitempty"`
+	Name    string        `json:"name"`             // what was tried: "tcp v4"
+	Target  string        `json:"target"`           // on what; may be empty for a skipped check
+	OK      bool          `json:"ok"`               // false if Skipped
+	Skipped bool          `json:"skipped"`          // not tried; Detail says why
+	Took    time.Duration `json:"took_ns"`          // zero if Skipped
 	Detail  string        `json:"detail,omitempty"` // what was seen, or why not
 }
 
 // Format is the Result on one line, in columns, without a line end.
 func Format(r Result) string {
-	status, took, path := "ok", formatTook(r.Took), r.Path
+	status, took := "ok", formatTook(r.Took)
 	switch {
 	case r.Skipped:
-		status, took, path = "skip", "", ""
+		status, took = "skip", ""
 	case !r.OK:
 		status = "FAIL"
 	}
-	line := fmt.Sprintf("%-5s %-11s %-30s %8s  %-8s  %s", status, r.Name, r.Target, took, path, r.Detail)
+	line := fmt.Sprintf("%-5s %-11s %-30s %8s  %s", status, r.Name, r.Target, took, r.Detail)
 	return strings.TrimRight(line, " ")
 }
 
@@ -117,9 +114,6 @@ type prober struct {
 }
 
 func newProber(t Targets, report func(Result)) *prober {
-	if t.Path == "" {
-		t.Path = netstackPath
-	}
 	return &prober{targets: t, report: report, resolvConf: "/etc/resolv.conf", known: make(map[string][]netip.Addr)}
 }
 
@@ -146,7 +140,7 @@ func (s skip) Error() string { return string(s) }
 // check makes one check and reports it. try returns what it saw; its error may be a
 // skip. It tells whether the check was made and went well.
 func (p *prober) check(run context.Context, name, target string, try func(context.Context) (string, error)) bool {
-	r := Result{Name: name, Target: target, Path: p.targets.Path}
+	r := Result{Name: name, Target: target}
 	var err error
 	if run.Err() != nil {
 		err = skip("no time is left")
@@ -160,7 +154,7 @@ func (p *prober) check(run context.Context, name, target string, try func(contex
 	var skipped skip
 	switch {
 	case errors.As(err, &skipped):
-		r.Skipped, r.Took, r.Path, r.Detail = true, 0, "", string(skipped)
+		r.Skipped, r.Took, r.Detail = true, 0, string(skipped)
 	case errors.Is(run.Err(), context.Canceled):
 		return false // the caller wants no more
 	case err != nil:

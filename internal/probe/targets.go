@@ -24,8 +24,6 @@ type Targets struct {
 
 	Names []string // to be resolved besides the built-in ones
 
-	Path string // how the bytes travel, for Result.Path; empty means "netstack"
-
 	Missing map[string]string // kind (as in Set) to the reason why there is none
 }
 
@@ -46,7 +44,6 @@ var kinds = []kind{
 	addrKind("ping6", ipv6, func(t *Targets) *netip.Addr { return &t.Ping6 }),
 	portKind("host-tcp", func(t *Targets) *uint16 { return &t.HostTCP }),
 	portKind("host-udp", func(t *Targets) *uint16 { return &t.HostUDP }),
-	{"path", func(t *Targets, v string) error { t.Path = v; return nil }, func(t *Targets) string { return t.Path }},
 }
 
 // Families by their names in errors.

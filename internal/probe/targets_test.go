@@ -15,7 +15,7 @@ func TestTargetsThereAndBack(t *testing.T) {
 	want := Targets{
 		TCP4: netip.MustParseAddrPort("192.0.2.1:7"), TCP6: netip.MustParseAddrPort("[2001:db8::1]:7"),
 		UDP4: netip.MustParseAddrPort("192.0.2.1:8"), Ping4: netip.MustParseAddr("192.0.2.1"),
-		HostTCP: 4711, HostUDP: 65535, Names: []string{"www.example.org", "example.org"}, Path: "kernel",
+		HostTCP: 4711, HostUDP: 65535, Names: []string{"www.example.org", "example.org"},
 		Missing: map[string]string{"udp6": "no socket: why=because", "ping6": "the host may not ping"},
 	}
 	var got Targets

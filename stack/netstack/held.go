@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
@@ -66,6 +67,8 @@ type kernelPath struct {
 	probes  map[flow.Tuple]func(ok bool)
 	detours map[netip.Addr]time.Time // guests, until when
 
+	used4, used6 atomic.Bool // v4 and v6, for others
+
 	mu    sync.Mutex // guards the field below
 	todos []func()
 }
@@ -73,6 +76,8 @@ type kernelPath struct {
 // UseKernel says which families' connections take the kernel path from now on.
 func (s *Stack) UseKernel(v4, v6 bool) {
 	s.kernelDo(func(k *kernelPath) { k.v4, k.v6 = v4, v6 })
+	s.kernel.used4.Store(v4)
+	s.kernel.used6.Store(v6)
 }
 
 // ProbeKernel has the next SYN of t answered by the kernel path, and calls done with
@@ -112,6 +117,14 @@ func (k *kernelPath) serves(a netip.Addr) bool {
 		return k.v4
 	}
 	return k.v6
+}
+
+// inUse is serves for any goroutine.
+func (k *kernelPath) inUse(a netip.Addr) bool {
+	if a.Is4() {
+		return k.used4.Load()
+	}
+	return k.used6.Load()
 }
 
 // avoids reports whether guest's connections take the detour for now.

@@ -130,6 +130,9 @@ func (s *Stack) answer(r *tcp.ForwarderRequest) (*guestConn, flow.Verdict) {
 		v = *d.held.kept
 	} else {
 		v = s.forward.Decide(d.ctx, t)
+		if v.Flow != nil && s.kernel.inUse(t.Target.Addr()) {
+			v.Flow.FallBack()
+		}
 	}
 	switch v.Answer {
 	case flow.Connect:
