@@ -80,9 +80,6 @@ type leg struct {
 	shut     bool // our FIN was sent to it
 	bulk     bool // read with splice(2)
 	short    uint8
-	paced    bool  // looked at every tick, and not told of what arrives
-	idle     uint8 // ticks without anything
-	asked    bool  // for the next tick
 
 	left *flow.Buf // bytes for this socket that it did not take yet, or
 	pipe *pipe     // the same, in a pipe
@@ -110,10 +107,6 @@ func (l *leg) Ready(events uint32) bool {
 		p.last.look()
 		return false
 	}
-	if events == 0 && l.asked {
-		l.asked, l.readable = false, true
-		l.idle++
-	}
 	o := p.other(l)
 	more := p.pump(l, o)
 	if !p.over && p.last == nil {
@@ -122,8 +115,9 @@ func (l *leg) Ready(events uint32) bool {
 	if p.over || p.last != nil {
 		return false
 	}
-	p.pace(l, more)
-	p.pace(o, more)
+	if l.bulk || o.bulk {
+		p.s.loop.Calm()
+	}
 	if l.failed && !more { // and reading did not bring it up: the other side is blocked
 		p.reset(o)
 		return false
@@ -167,30 +161,8 @@ func (p *pair) pump(src, dst *leg) (more bool) {
 	return true
 }
 
-const (
-	watchAll   = watchPaced | loop.Readable
-	watchPaced = loop.Writable | loop.PeerShut | loop.Urgent
-	// idleMost is how many ticks without data make a paced leg an ordinary one again.
-	idleMost = 10
-)
-
-// pace decides how l is to be told of what arrives. more tells that the pair has another
-// turn anyway.
-func (p *pair) pace(l *leg, more bool) {
-	switch {
-	case !l.paced && l.bulk && !l.readable && !l.eof && !l.urgent:
-		l.paced, l.idle = true, 0
-		p.s.loop.Change(l.fd, l.ref, watchPaced)
-	case l.paced && (l.idle >= idleMost || l.short >= shortMost || l.eof || l.urgent):
-		l.paced, l.bulk = false, false
-		p.s.loop.Change(l.fd, l.ref, watchAll)
-		return
-	}
-	if l.paced && !more && !l.readable && !l.asked {
-		l.asked = true
-		p.s.loop.Later(l.ref)
-	}
-}
+// watchAll is what a leg is watched for.
+const watchAll = loop.Readable | loop.Writable | loop.PeerShut | loop.Urgent
 
 // carry does one read and what follows from it; false ends the turn.
 func (p *pair) carry(src, dst *leg) bool {
@@ -244,10 +216,9 @@ func (p *pair) splice(src, dst *leg, pp *pipe) bool {
 		p.s.pipes.put(pp)
 		return p.readEnd(src, dst, errno)
 	}
-	src.idle = 0
 	if n >= bulkFloor {
 		src.short = 0
-	} else if src.short++; src.short >= shortMost && !src.paced {
+	} else if src.short++; src.short >= shortMost {
 		src.bulk = false
 	}
 	pp.n = n

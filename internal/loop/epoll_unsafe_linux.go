@@ -1,7 +1,6 @@
 package loop
 
 import (
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -20,17 +19,6 @@ func epollAdd(epoll, fd int, ev *unix.EpollEvent) error {
 // epollNow is epoll_wait(2) without waiting.
 func epollNow(epoll int, events []unix.EpollEvent) (int, error) {
 	n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(epoll), uintptr(unsafe.Pointer(unsafe.SliceData(events))), uintptr(len(events)), 0, 0, 0)
-	if errno != 0 {
-		return 0, errno
-	}
-	return int(n), nil
-}
-
-// epollFor is epoll_pwait2(2), whose time-out has nanoseconds.
-func epollFor(epoll int, events []unix.EpollEvent, d time.Duration) (int, error) {
-	ts := unix.NsecToTimespec(int64(d))
-	n, _, errno := unix.Syscall6(unix.SYS_EPOLL_PWAIT2, uintptr(epoll), uintptr(unsafe.Pointer(unsafe.SliceData(events))),
-		uintptr(len(events)), uintptr(unsafe.Pointer(&ts)), 0, 0)
 	if errno != 0 {
 		return 0, errno
 	}

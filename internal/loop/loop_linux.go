@@ -74,9 +74,6 @@ const (
 	// processes on one machine. Measured on 2 cores: a TCP round trip of 64 bytes took
 	// 1.89 of native without, 1.60 with 25 us and 1.17 with 50 us.
 	spinMost = 50 * time.Microsecond
-	// tick is how long Later waits: what a fast bulk transfer brings meanwhile, 400 KiB
-	// at 30 Gbit/s, fits a pipe, and a socket's buffer many times.
-	tick = 100 * time.Microsecond
 	// preempted is how long one question may take at most if nobody else has the
 	// processor meanwhile; it takes about 0.5 us.
 	preempted = 30 * time.Microsecond
@@ -103,9 +100,8 @@ type Loop struct {
 	again   []Ref
 	events  [batch]unix.EpollEvent
 	quit    bool
-	later   []Ref         // to be called again at tickAt
-	tickAt  time.Time     //
 	usual   time.Duration // how long a wait took lately
+	calm    bool          // see Calm
 	crowded time.Time     // when somebody else needed the processor last
 
 	mu     sync.Mutex // guards the fields below
@@ -233,13 +229,6 @@ func (l *Loop) Forget(r Ref) {
 	}
 }
 
-// Change sets the events that r's descriptor fd is watched for. What is there already is
-// reported again.
-func (l *Loop) Change(fd int, r Ref, events uint32) error {
-	ev := unix.EpollEvent{Events: events | unix.EPOLLET, Fd: int32(r.slot), Pad: int32(r.gen)}
-	return unix.EpollCtl(l.epoll, unix.EPOLL_CTL_MOD, fd, &ev)
-}
-
 // Remove is Forget for a descriptor that stays open.
 func (l *Loop) Remove(fd int, r Ref) {
 	if l.current(r) != nil {
@@ -311,43 +300,20 @@ func (l *Loop) run() {
 	}
 }
 
-// Later has r's handler called once more with no events, after a tick.
-func (l *Loop) Later(r Ref) {
-	if len(l.later) == 0 {
-		l.tickAt = time.Now().Add(tick)
-	}
-	l.later = append(l.later, r)
-}
-
-// ticked has those of Later called when it is time.
-func (l *Loop) ticked(now time.Time) {
-	if now.Before(l.tickAt) {
-		return
-	}
-	for _, r := range l.later {
-		l.Again(r)
-	}
-	l.later = l.later[:0]
-}
-
 // wait waits for events and returns how many there are.
 func (l *Loop) wait() int {
 	if len(l.again) > 0 {
 		return l.poll(0)
 	}
 	begin := time.Now()
-	if len(l.later) > 0 {
-		n := l.pollUntil(max(l.tickAt.Sub(begin), 0))
-		l.ticked(time.Now())
-		return n
-	}
 	n := 0
-	if l.usual < spinMost && begin.Sub(l.crowded) > crowdedFor {
+	if l.usual < spinMost && !l.calm && begin.Sub(l.crowded) > crowdedFor {
 		n = l.spin(begin)
 	}
 	if n == 0 {
 		n = l.poll(-1)
 	}
+	l.calm = false
 	l.usual += (min(time.Since(begin), spinForget) - l.usual) / 8
 	return n
 }
@@ -382,14 +348,9 @@ func (l *Loop) poll(milliseconds int) int {
 	return max(n, 0)
 }
 
-// pollUntil is one epoll_wait(2) of at most d.
-func (l *Loop) pollUntil(d time.Duration) int {
-	n, err := epollFor(l.epoll, l.events[:], d)
-	if err == unix.ENOSYS { // before Linux 5.11: to the millisecond
-		return l.poll(1)
-	}
-	return max(n, 0)
-}
+// Calm has the next wait be one without asking first: a bulk transfer's ends need the
+// processor more than it needs haste.
+func (l *Loop) Calm() { l.calm = true }
 
 // call runs one handler.
 func (l *Loop) call(r Ref, events uint32) {
