@@ -1,6 +1,8 @@
 package forward
 
 import (
+	"time"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -21,9 +23,13 @@ type pipe struct{ r, w, n int }
 
 // pipes hands out pipes. It is used on the loop's thread.
 type pipes struct {
-	idle []*pipe
-	made int
+	idle   []*pipe
+	made   int
+	failed time.Time // when there was none to be had last
 }
+
+// pipesRetry is how long not to try again then: each try is four system calls.
+const pipesRetry = time.Second
 
 // get returns an empty pipe, or nil when there are enough, or no descriptors.
 func (ps *pipes) get() *pipe {
@@ -32,14 +38,16 @@ func (ps *pipes) get() *pipe {
 		ps.idle = ps.idle[:n-1]
 		return p
 	}
-	if ps.made >= maxPipes {
+	if ps.made >= maxPipes || !ps.failed.IsZero() && time.Since(ps.failed) < pipesRetry {
 		return nil
 	}
 	var fds [2]int
 	if unix.Pipe2(fds[:], unix.O_NONBLOCK|unix.O_CLOEXEC) != nil {
+		ps.failed = time.Now()
 		return nil
 	}
 	if got, err := unix.FcntlInt(uintptr(fds[1]), unix.F_SETPIPE_SZ, pipeBytes); err != nil || got < pipeBytes {
+		ps.failed = time.Now()
 		unix.Close(fds[0]) // the quota is used up: reading and writing is faster
 		unix.Close(fds[1])
 		return nil

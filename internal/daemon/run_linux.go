@@ -178,7 +178,7 @@ func (e *engine) progress(format string, args ...any) {
 }
 
 // startServices makes the parts on the guest's device and sets them going. On error
-// the device stays the caller's.
+// tun is the caller's to close, again if need be.
 func (e *engine) startServices(ctx context.Context, tun *os.File) (*services, error) {
 	s := newServices(ctx)
 	if err := e.makeServices(s, tun); err != nil {
@@ -197,6 +197,7 @@ func (e *engine) makeServices(s *services, tun *os.File) error {
 	if err := e.openLink(s, tun); err != nil {
 		return err
 	}
+	s.onStop(func() { e.link.Close() }) // again, unless the stack never ran
 	n := &e.net
 	e.table = table.New()
 	e.policy = forward.NewPolicy(forward.PolicyConfig{

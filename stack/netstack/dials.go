@@ -105,10 +105,9 @@ const (
 	closedDown                  // we are about to end
 )
 
-// begin holds a SYN. When it is admitted, admit has been called with the lock held, and
-// its dial has a context below parent, or none for a nil parent. The dial is returned if
-// it is admitted or repeated.
-func (ds *dials) begin(parent context.Context, t flow.Tuple, tcpHeader []byte, now time.Time, admit func()) (*dial, admission) {
+// begin holds a SYN. When it is admitted, admit has been called with the lock held and may
+// give the dial a context. The dial is returned if it is admitted or repeated.
+func (ds *dials) begin(t flow.Tuple, tcpHeader []byte, now time.Time, admit func(*dial)) (*dial, admission) {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
 	if d := ds.byFlow[t]; d != nil {
@@ -134,12 +133,9 @@ func (ds *dials) begin(parent context.Context, t flow.Tuple, tcpHeader []byte, n
 		d.rest = append(d.rest, tcpHeader[len(d.syn):]...)
 	}
 	d.cancel = func() {}
-	if parent != nil {
-		d.ctx, d.cancel = context.WithCancel(parent)
-	}
 	ds.byFlow[t] = d
 	ds.guests[guest]++
-	admit()
+	admit(d)
 	return d, admitted
 }
 

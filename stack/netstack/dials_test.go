@@ -32,7 +32,7 @@ func TestGuestGivesUp(t *testing.T) {
 				begin := time.Now()
 				for _, at := range tt.syns {
 					time.Sleep(at - time.Since(begin))
-					ds.begin(ctx, tuple, make([]byte, 20), time.Now(), func() {})
+					ds.begin(tuple, make([]byte, 20), time.Now(), func(d *dial) { d.ctx, d.cancel = context.WithCancel(ctx) })
 				}
 				d := ds.get(tuple)
 				<-d.ctx.Done()

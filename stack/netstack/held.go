@@ -211,7 +211,7 @@ func (s *Stack) hasConnection(t flow.Tuple) bool {
 // dial admits the SYN and begins to dial. It returns false when gVisor is to see it.
 func (r *reader) dial(t flow.Tuple, h header.TCP) bool {
 	s := r.s
-	d, a := s.dials.begin(nil, t, h, time.Now(), func() { s.flows.Add(1) })
+	d, a := s.dials.begin(t, h, time.Now(), func(*dial) { s.flows.Add(1) })
 	if a == repeated && s.dials.keeps(d) {
 		return false
 	}

@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"context"
 	"net/netip"
 	"time"
 
@@ -61,7 +62,10 @@ func (s *Stack) tcpHandler(requests *tcp.Forwarder, id stack.TransportEndpointID
 		s.unreachable(t, quote8(h), h[8:], flow.Verdict{ICMP: timeExceededFor(ip.src)})
 		return true
 	}
-	d, a := s.dials.begin(s.ctx, t, h, time.Now(), func() { s.flows.Add(1) })
+	d, a := s.dials.begin(t, h, time.Now(), func(d *dial) {
+		s.flows.Add(1)
+		d.ctx, d.cancel = context.WithCancel(s.ctx)
+	})
 	if !s.admitted(a) && !(a == repeated && s.dials.detour(d, s.ctx)) {
 		return true
 	}
