@@ -150,6 +150,7 @@ func cutWord(s string) (kind, code string, icmp bool) {
 // container.
 func TestErrno(t *testing.T) {
 	said := make(map[string]map[string]verdict)
+	places := make(map[string][]place)
 	var mu sync.Mutex
 	guests := allGuests(t)
 	var wg sync.WaitGroup
@@ -165,9 +166,10 @@ func TestErrno(t *testing.T) {
 		); err != nil {
 			t.Fatal(err)
 		}
-		b := newBridge(t, g, "nft")
+		from := newBridge(t, g, "nft").places()
+		places[g.kind.name] = from
 		wg.Go(func() {
-			answers := connectAll(b.places(), errnoTargets())
+			answers := connectAll(from, errnoTargets())
 			mu.Lock()
 			defer mu.Unlock()
 			said[g.kind.name] = answers
@@ -180,17 +182,35 @@ func TestErrno(t *testing.T) {
 	}
 	for _, g := range guests {
 		t.Run(g.kind.name, func(t *testing.T) {
-			for what, a := range said[g.kind.name] {
-				n := native[what]
-				if a.errno != n.errno || a.icmp != n.icmp {
-					t.Errorf("%s: %v, natively %v", what, a, n)
-				}
-				if a.class() > n.class() {
-					t.Errorf("%s: too late: %v, natively %v", what, a, n)
-				}
+			wrong := disagreements(said[g.kind.name], native)
+			if len(wrong) == 0 {
+				return
+			}
+			// The machine's limit of ICMP messages may have cost somebody one, while
+			// all kinds and other packages' tests asked at once. So ask again, alone.
+			for _, w := range wrong {
+				t.Logf("once: %s", w)
+			}
+			again := connectAll(places[g.kind.name], errnoTargets())
+			for _, w := range disagreements(again, connectAll(places["native"], errnoTargets())) {
+				t.Error(w)
 			}
 		})
 	}
+}
+
+// disagreements says where the answers are not as natively, or come later.
+func disagreements(answers, native map[string]verdict) (wrong []string) {
+	for what, a := range answers {
+		n := native[what]
+		if a.errno != n.errno || a.icmp != n.icmp {
+			wrong = append(wrong, fmt.Sprintf("%s: %v, natively %v", what, a, n))
+		}
+		if a.class() > n.class() {
+			wrong = append(wrong, fmt.Sprintf("%s: too late: %v, natively %v", what, a, n))
+		}
+	}
+	return wrong
 }
 
 // connectAll connects to every target from every place, without waiting for one before
