@@ -122,6 +122,10 @@ func (c *guestConn) Read(b []byte) (int, error) {
 			}
 			<-c.readable
 		case *tcpip.ErrClosedForReceive:
+			// gVisor tells of a reset once, and it may have told the writer.
+			if tcp.EndpointState(c.ep.State()) == tcp.StateError {
+				return 0, connError("read from guest", &tcpip.ErrConnectionReset{})
+			}
 			return 0, io.EOF
 		default:
 			return 0, connError("read from guest", terr)
