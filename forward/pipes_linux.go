@@ -56,7 +56,7 @@ func (ps *pipes) get() *pipe {
 	return &pipe{r: fds[0], w: fds[1]}
 }
 
-// keepIdle is how many empty pipes are kept for the next bulk transfer.
+// keepIdlePipes is how many empty pipes are kept for the next bulk transfer.
 const keepIdlePipes = 2
 
 // put takes p back. One that still holds bytes is of no use to others.
@@ -65,6 +65,10 @@ func (ps *pipes) put(p *pipe) {
 		ps.idle = append(ps.idle, p)
 		return
 	}
+	ps.discard(p)
+}
+
+func (ps *pipes) discard(p *pipe) {
 	ps.made--
 	unix.Close(p.r)
 	unix.Close(p.w)
@@ -73,10 +77,7 @@ func (ps *pipes) put(p *pipe) {
 // close gives back what is idle.
 func (ps *pipes) close() {
 	for _, p := range ps.idle {
-		p.n = -1
-		ps.made--
-		unix.Close(p.r)
-		unix.Close(p.w)
+		ps.discard(p)
 	}
 	ps.idle = nil
 }

@@ -23,8 +23,8 @@ import (
 // A FIN is passed on as a half close and ends that direction only (RFC 9293 section
 // 3.6); the other may go on for as long as it likes. A reset, or any other error,
 // ends both directions with a reset of both sides: a guest must not see an orderly
-// end of something that was cut off. What was read before a reset is delivered first. When both directions have ended in order both
-// sides are closed.
+// end of something that was cut off. What was read before a reset is delivered first.
+// When both directions have ended in order both sides are closed.
 //
 // Counters are kept here, in the flow's entry, and not by wrapping connections.
 

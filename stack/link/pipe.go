@@ -13,6 +13,12 @@ type pipePacket struct {
 	b []byte
 }
 
+// read copies the packet out.
+func (p pipePacket) read(head, rest []byte) (int, Header, error) {
+	n := copy(head, p.b)
+	return n + copy(rest, p.b[n:]), p.h, nil
+}
+
 // Pipe is one end of an in-memory Link, for tests: what is written to one end is
 // read from the other.
 type Pipe struct {
@@ -41,9 +47,7 @@ func NewPipe(mtu int) (*Pipe, *Pipe) {
 func (p *Pipe) ReadPacket(head, rest []byte) (int, Header, error) {
 	select {
 	case pkt := <-p.in:
-		n := copy(head, pkt.b)
-		n += copy(rest, pkt.b[n:])
-		return n, pkt.h, nil
+		return pkt.read(head, rest)
 	case <-p.done:
 		return 0, Header{}, net.ErrClosed
 	}
@@ -53,9 +57,7 @@ func (p *Pipe) ReadPacket(head, rest []byte) (int, Header, error) {
 func (p *Pipe) TryReadPacket(head, rest []byte) (int, Header, error) {
 	select {
 	case pkt := <-p.in:
-		n := copy(head, pkt.b)
-		n += copy(rest, pkt.b[n:])
-		return n, pkt.h, nil
+		return pkt.read(head, rest)
 	case <-p.done:
 		return 0, Header{}, net.ErrClosed
 	default:
