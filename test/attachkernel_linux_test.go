@@ -341,8 +341,8 @@ func TestStoppedDaemon(t *testing.T) {
 		between := dialEcho(t, containers[0], local[2])
 
 		process := g.engine.cmd.Process
-		process.Signal(syscall.SIGSTOP)
 		defer process.Signal(syscall.SIGCONT)
+		pause(t, process)
 		start := time.Now()
 		late := make(chan error)
 		for who, ns := range from {
@@ -383,6 +383,25 @@ func TestStoppedDaemon(t *testing.T) {
 			roundTrip(t, c)
 		}
 	})
+}
+
+// pause stops a process and waits until it is: kill(2) returns before the other
+// threads have noticed.
+func pause(t testing.TB, p *os.Process) {
+	t.Helper()
+	p.Signal(syscall.SIGSTOP)
+	stopped := func() bool {
+		stats, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", p.Pid))
+		for _, path := range stats {
+			if b, _ := os.ReadFile(path); !strings.Contains(string(b), ") T ") {
+				return false
+			}
+		}
+		return len(stats) > 0
+	}
+	if !eventually(10*time.Second, stopped) {
+		t.Fatalf("process %d does not stop", p.Pid)
+	}
 }
 
 // expectFast opens a connection and has it say something, which takes no time.

@@ -651,7 +651,7 @@ func TestUrgent(t *testing.T) {
 							}()
 							// While slipway sleeps all of it comes to lie in one queue.
 							if paused = paused && g.engine != nil; paused {
-								g.engine.cmd.Process.Signal(syscall.SIGSTOP)
+								pause(t, g.engine.cmd.Process)
 							}
 							sent := make(chan error, 1)
 							go func() {
