@@ -32,6 +32,10 @@ const (
 	ToHost  Decision = "host"    // the host alias, sent to the host's loopback
 	Denied  Decision = "denied"  // policy said no
 	Refused Decision = "refused" // the target, or the network, said no
+
+	// Published flows began at the host: Target is the client of a published port,
+	// Guest the address and port of the guest that it reached.
+	Published Decision = "published"
 )
 
 // Path says how a flow's bytes travel.

@@ -1,0 +1,212 @@
+package flow
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+)
+
+// PortSpec asks for one published port: where the host listens, and which address and
+// port of the guest its clients reach.
+type PortSpec struct {
+	Proto Proto // TCP or UDP
+
+	// Host is where to listen. The unspecified address of a family stands for all
+	// of that family's addresses, the zero Addr for all of both. Port 0 lets the
+	// host's kernel choose.
+	Host netip.AddrPort
+
+	// Guest is what a client reaches. The zero Addr stands for the engine's own
+	// address: what listens there beyond its loopback, and what the engine's own
+	// rules lead elsewhere (dockerd's DNAT to a container). Port 0 stands for the
+	// port of Host.
+	Guest netip.AddrPort
+
+	// Behind is the container's address and port where the one who publishes knows
+	// them; the zero AddrPort otherwise. It is reached where Guest is not, see
+	// docs/publish.md.
+	Behind netip.AddrPort
+
+	// Source says which address the guest sees.
+	Source Source
+
+	// ProxyProtocol has every TCP connection begin with a PROXY protocol header of
+	// version 2 that names the client.
+	ProxyProtocol bool
+}
+
+// Source says which client address a guest sees behind a published port.
+type Source string
+
+// The values of a Source. The zero Source is the engine's configured one.
+const (
+	SourcePreserve Source = "preserve" // the client's own, where docs/publish.md says it is possible
+	SourceGateway  Source = "gateway"  // always the gateway's
+)
+
+// ParsePorts reads the notation of the command line,
+//
+//	[HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]
+//
+// where ports may be ranges of one length, a-b:c-d, HOSTPORT may be 0, IPv6 addresses
+// are in brackets, and the protocol is tcp if there is none. It returns one PortSpec for
+// each port.
+func ParsePorts(s string) ([]PortSpec, error) {
+	specs, err := parsePorts(s)
+	if err != nil {
+		return nil, fmt.Errorf("port %q: %w", s, err)
+	}
+	return specs, nil
+}
+
+func parsePorts(s string) ([]PortSpec, error) {
+	proto := TCP
+	rest, word, found := strings.Cut(s, "/")
+	switch {
+	case !found, word == "tcp":
+	case word == "udp":
+		proto = UDP
+	default:
+		return nil, fmt.Errorf("protocol %q is not tcp or udp", word)
+	}
+	words, err := splitColons(rest)
+	if err != nil {
+		return nil, err
+	}
+	var hostIP, guestIP netip.Addr
+	if _, first := parseHost(words[0]); first {
+		if hostIP, err = parseAddr(words[0]); err != nil {
+			return nil, err
+		}
+		words = words[1:]
+	}
+	if len(words) == 3 {
+		if guestIP, err = parseAddr(words[1]); err != nil {
+			return nil, err
+		}
+		words = []string{words[0], words[2]}
+	}
+	if len(words) != 2 {
+		return nil, errors.New("must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]")
+	}
+	h, err := parseRange(words[0], 0)
+	if err != nil {
+		return nil, err
+	}
+	g, err := parseRange(words[1], 1)
+	if err != nil {
+		return nil, err
+	}
+	n := g[1] - g[0]
+	switch {
+	case h == [2]int{}: // any: one for each
+	case h[1]-h[0] != n:
+		return nil, fmt.Errorf("%s and %s are of different length", words[0], words[1])
+	}
+	specs := make([]PortSpec, 0, n+1)
+	for i := range n + 1 {
+		hp := h[0] + i
+		if h[1] == 0 {
+			hp = 0
+		}
+		specs = append(specs, PortSpec{
+			Proto: proto,
+			Host:  netip.AddrPortFrom(hostIP, uint16(hp)),
+			Guest: netip.AddrPortFrom(guestIP, uint16(g[0]+i)),
+		})
+	}
+	return specs, nil
+}
+
+// splitColons splits at the colons outside of brackets into two to four words.
+func splitColons(s string) ([]string, error) {
+	var words []string
+	depth, from := 0, 0
+	for i, r := range s {
+		switch r {
+		case '[':
+			depth++
+		case ']':
+			depth--
+		case ':':
+			if depth == 0 {
+				words = append(words, s[from:i])
+				from = i + 1
+			}
+		}
+	}
+	words = append(words, s[from:])
+	if depth != 0 {
+		return nil, errors.New("brackets do not match")
+	}
+	if len(words) < 2 || len(words) > 4 {
+		return nil, errors.New("must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]")
+	}
+	return words, nil
+}
+
+// parseHost reports whether a word is meant as an address: it has something that no
+// port has.
+func parseHost(s string) (string, bool) { return s, strings.ContainsAny(s, ".[]*") }
+
+// parseAddr takes 192.0.2.1 or [2001:db8::1]; "*" is every address.
+func parseAddr(s string) (netip.Addr, error) {
+	if s == "*" {
+		return netip.Addr{}, nil
+	}
+	bare := s
+	if strings.HasPrefix(s, "[") && strings.HasSuffix(s, "]") {
+		bare = s[1 : len(s)-1]
+	}
+	a, err := netip.ParseAddr(bare)
+	if err != nil || a.Zone() != "" || a.Is6() != (bare != s) {
+		return netip.Addr{}, fmt.Errorf("%q is not an IP address, IPv6 in brackets", s)
+	}
+	return a.Unmap(), nil
+}
+
+// parseRange takes N or N-M.
+func parseRange(s string, least int) (r [2]int, err error) {
+	first, last, found := strings.Cut(s, "-")
+	if !found {
+		last = first
+	}
+	for i, w := range []string{first, last} {
+		n, err := strconv.ParseUint(w, 10, 16)
+		if err != nil || int(n) < least || strings.HasPrefix(w, "+") {
+			return r, fmt.Errorf("%q is not a port in %d..65535", w, least)
+		}
+		r[i] = int(n)
+	}
+	if r[1] < r[0] || found && r[0] == 0 {
+		return r, fmt.Errorf("%q is no range of ports", s)
+	}
+	return r, nil
+}
+
+// String returns s in the notation of ParsePorts.
+func (s PortSpec) String() string {
+	var b strings.Builder
+	if s.Host.Addr().IsValid() {
+		b.WriteString(bracketed(s.Host.Addr()) + ":")
+	}
+	fmt.Fprintf(&b, "%d:", s.Host.Port())
+	if s.Guest.Addr().IsValid() {
+		b.WriteString(bracketed(s.Guest.Addr()) + ":")
+	}
+	port := s.Guest.Port()
+	if port == 0 {
+		port = s.Host.Port()
+	}
+	fmt.Fprintf(&b, "%d/%v", port, s.Proto)
+	return b.String()
+}
+
+func bracketed(a netip.Addr) string {
+	if a.Is6() {
+		return "[" + a.String() + "]"
+	}
+	return a.String()
+}
