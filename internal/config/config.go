@@ -14,6 +14,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/slipway-net/slipway/internal/flow"
 )
 
 // Settings are the values of one engine. Every field has a key of the same name in the
@@ -52,6 +54,26 @@ type Settings struct {
 
 	// MaxUDP bounds the UDP mappings, 1..1048576.
 	MaxUDP int
+
+	// Publish are the engine's own published ports, at most maxPublish.
+	Publish []flow.PortSpec
+
+	// PublishBind says what becomes of the address a port is asked for with: one of
+	// the words below.
+	PublishBind string
+
+	// PublishPorts are the ports of the host that may be asked for; 0, any, always may.
+	PublishPorts PortSet
+
+	// SourceIP says which client address the guest sees behind a published port.
+	SourceIP flow.Source
+
+	// PublishAuto publishes what the guest listens on beyond its loopback.
+	PublishAuto bool
+
+	// DockerAPI is the absolute path of the socket of a container engine whose
+	// containers' ports are published; empty for none.
+	DockerAPI string
 }
 
 // Engine is one configured engine.
@@ -59,7 +81,8 @@ type Engine struct {
 	Settings
 
 	Name        string
-	Command     []string          // what `slipway up` runs; empty when the file has none
+	Kind        string            // KindCommand or KindDockerd
+	Command     []string          // what `slipway up` runs; empty when the file has none. For dockerd options besides ours
 	Directory   string            // its working directory, absolute; empty keeps ours
 	Environment map[string]string // added to slipway's own
 }
@@ -77,9 +100,11 @@ type Config struct {
 // engine is one [engine.NAME] table.
 type engine struct {
 	layer
+	kind        string // empty is KindCommand
 	command     []string
 	directory   string
 	environment map[string]string
+	sources     map[string]string // of kind, command and directory
 }
 
 // layer is what one source sets: by key, the value in its own notation and where it
@@ -107,6 +132,9 @@ func defaultSettings() Settings {
 		LogLevel:      slog.LevelWarn,
 		MaxDials:      4096,
 		MaxUDP:        16384,
+		PublishBind:   BindAsAsked,
+		PublishPorts:  PortSet{All: true},
+		SourceIP:      flow.SourcePreserve,
 	}
 }
 
@@ -137,7 +165,7 @@ func (c *Config) Names() []string { return slices.Sorted(maps.Keys(c.engines)) }
 // Engine returns the settings of the engine called name: those of its own table in
 // the file, if it has one, over the file's general ones, under the command line's.
 func (c *Config) Engine(name string) (Engine, error) {
-	e := Engine{Name: name, Settings: defaultSettings()}
+	e := Engine{Name: name, Kind: KindCommand, Settings: defaultSettings()}
 	for _, v := range c.values(name) {
 		if v.layered == nil {
 			continue
@@ -147,11 +175,41 @@ func (c *Config) Engine(name string) (Engine, error) {
 		}
 	}
 	if own := c.engines[name]; own != nil {
+		if own.kind != "" {
+			e.Kind = own.kind
+		}
 		e.Command = slices.Clone(own.command)
 		e.Directory = own.directory
 		e.Environment = maps.Clone(own.environment)
 	}
 	return e, nil
+}
+
+// Own returns what only the engine called name has and no key of Settings: kind,
+// command and directory, those that are set. The environment may have secrets and is
+// left out. It is empty when the file has no table for the engine.
+func (c *Config) Own(name string) []Value {
+	own := c.engines[name]
+	if own == nil {
+		return nil
+	}
+	e := Engine{Kind: own.kind, Command: own.command, Directory: own.directory}
+	if e.Kind == "" {
+		e.Kind = KindCommand
+	}
+	all := []Value{{Key: "kind", Value: quote(e.Kind), Source: "default"}}
+	if len(e.Command) > 0 {
+		all = append(all, Value{Key: "command", Value: quoteAll(e.Command)})
+	}
+	if e.Directory != "" {
+		all = append(all, Value{Key: "directory", Value: quote(e.Directory)})
+	}
+	for i, v := range all {
+		if source, ok := own.sources[v.Key]; ok {
+			all[i].Source = source
+		}
+	}
+	return all
 }
 
 // Pinned reports whether somebody chose the value of key for the engine called name:
@@ -218,6 +276,19 @@ const (
 	PathAuto     = "auto"     // kernel where it works
 	PathKernel   = "kernel"   // an error where it does not
 	PathNetstack = "netstack" //
+)
+
+// The values of Settings.PublishBind.
+const (
+	BindAsAsked         = "as-asked"
+	BindLoopbackDefault = "loopback-default" // without an address: the loopback's instead of all
+	BindLoopbackOnly    = "loopback-only"    // all addresses become the loopback's, others are refused
+)
+
+// The values of Engine.Kind.
+const (
+	KindCommand = "command" // any program
+	KindDockerd = "dockerd" // slipway gives the options that dockerd needs here
 )
 
 // CheckName reports why name cannot be an engine's name: it is a directory's name, a

@@ -61,8 +61,8 @@ func TestSet(t *testing.T) {
 	}
 }
 
-func TestHostAccess(t *testing.T) {
-	h, err := ParseHostAccess("80, 8000-8010")
+func TestPortSet(t *testing.T) {
+	h, err := ParsePortSet("80, 8000-8010")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -71,24 +71,24 @@ func TestHostAccess(t *testing.T) {
 			t.Errorf("Allows(%d) = %v", port, !want)
 		}
 	}
-	if (HostAccess{}).Allows(80) || !(HostAccess{All: true}).Allows(80) {
+	if (PortSet{}).Allows(80) || !(PortSet{All: true}).Allows(80) {
 		t.Error("none allows nothing and all everything")
 	}
-	if _, err := ParseHostAccess(strings.Repeat("1,", maxHostAccess) + "1"); err == nil {
+	if _, err := ParsePortSet(strings.Repeat("1,", maxPortSet) + "1"); err == nil {
 		t.Error("a list longer than the limit was taken")
 	}
 }
 
-func FuzzParseHostAccess(f *testing.F) {
+func FuzzParsePortSet(f *testing.F) {
 	for _, s := range []string{"none", "all", "80", "80,8000-8010", "-", "1-0", "65535-65536", "+1", "0x10"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		h, err := ParseHostAccess(s)
+		h, err := ParsePortSet(s)
 		if err != nil {
 			return
 		}
-		again, err := ParseHostAccess(h.String())
+		again, err := ParsePortSet(h.String())
 		if err != nil || again.String() != h.String() {
 			t.Errorf("%q became %v, and that %v, %v", s, h, again, err)
 		}

@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/slipway-net/slipway/internal/flow"
 )
 
 // key is one setting: its name in the file, the range that an error and the
@@ -43,23 +45,23 @@ var keys = []key{
 		parse: func(s *Settings, v any) error {
 			return oneOf(&s.Path, v, PathAuto, PathKernel, PathNetstack)
 		},
-		get: func(s *Settings) string { return strconv.Quote(s.Path) },
+		get: func(s *Settings) string { return quote(s.Path) },
 	}, {
 		name: "host_access", allowed: `"none", "all", or a list of ports and ranges like [80, "8000-8010"]`,
-		parse: func(s *Settings, v any) error { return setHostAccess(&s.HostAccess, v) },
+		parse: func(s *Settings, v any) error { return setPortSet(&s.HostAccess, v) },
 		get:   func(s *Settings) string { return s.HostAccess.toml() },
 	}, {
 		name: "host_addresses", allowed: `"allow" or "as-host-access"`,
 		parse: func(s *Settings, v any) error { return oneOf(&s.HostAddresses, v, "allow", "as-host-access") },
-		get:   func(s *Settings) string { return strconv.Quote(s.HostAddresses) },
+		get:   func(s *Settings) string { return quote(s.HostAddresses) },
 	}, {
 		name: "ipv4_subnet", allowed: "an IPv4 prefix of unicast addresses with a length of 8 to 29",
 		parse: func(s *Settings, v any) error { return setSubnet(&s.IPv4Subnet, v, true) },
-		get:   func(s *Settings) string { return strconv.Quote(s.IPv4Subnet.String()) },
+		get:   func(s *Settings) string { return quote(s.IPv4Subnet.String()) },
 	}, {
 		name: "ipv6_subnet", allowed: "an IPv6 prefix of unicast addresses with a length of 8 to 125",
 		parse: func(s *Settings, v any) error { return setSubnet(&s.IPv6Subnet, v, false) },
-		get:   func(s *Settings) string { return strconv.Quote(s.IPv6Subnet.String()) },
+		get:   func(s *Settings) string { return quote(s.IPv6Subnet.String()) },
 	}, {
 		// Below 1280 there is no IPv6 (RFC 8200 section 5).
 		name: "mtu", allowed: "a number in 1280..65535",
@@ -72,11 +74,11 @@ var keys = []key{
 	}, {
 		name: "stop_timeout", allowed: `a duration like "20s" in 0s..1h`,
 		parse: func(s *Settings, v any) error { return duration(&s.StopTimeout, v, time.Hour) },
-		get:   func(s *Settings) string { return strconv.Quote(s.StopTimeout.String()) },
+		get:   func(s *Settings) string { return quote(s.StopTimeout.String()) },
 	}, {
 		name: "log_level", allowed: `"debug", "info", "warn" or "error"`,
 		parse: setLevel,
-		get:   func(s *Settings) string { return strconv.Quote(strings.ToLower(s.LogLevel.String())) },
+		get:   func(s *Settings) string { return quote(strings.ToLower(s.LogLevel.String())) },
 	}, {
 		name: "limits.dials", allowed: "a number in 1..65536",
 		parse: func(s *Settings, v any) error { return number(&s.MaxDials, v, 1, 65536) },
@@ -85,6 +87,34 @@ var keys = []key{
 		name: "limits.udp_mappings", allowed: "a number in 1..1048576",
 		parse: func(s *Settings, v any) error { return number(&s.MaxUDP, v, 1, 1<<20) },
 		get:   func(s *Settings) string { return strconv.Itoa(s.MaxUDP) },
+	}, {
+		name: "publish", allowed: `a list like ["8080:80", "127.0.0.1:5353:53/udp", "8000-8009:9000-9009"]`,
+		parse: func(s *Settings, v any) error { return setPublish(&s.Publish, v) },
+		get:   func(s *Settings) string { return quoteAll(foldSpecs(s.Publish)) },
+	}, {
+		name: "publish_bind", allowed: `"as-asked", "loopback-default" or "loopback-only"`,
+		parse: func(s *Settings, v any) error {
+			return oneOf(&s.PublishBind, v, BindAsAsked, BindLoopbackDefault, BindLoopbackOnly)
+		},
+		get: func(s *Settings) string { return quote(s.PublishBind) },
+	}, {
+		name: "publish_ports", allowed: `"all", "none", or a list of ports and ranges like [80, "8000-8999"]`,
+		parse: func(s *Settings, v any) error { return setPortSet(&s.PublishPorts, v) },
+		get:   func(s *Settings) string { return s.PublishPorts.toml() },
+	}, {
+		name: "source_ip", allowed: `"preserve" or "gateway"`,
+		parse: func(s *Settings, v any) error {
+			return oneOf((*string)(&s.SourceIP), v, string(flow.SourcePreserve), string(flow.SourceGateway))
+		},
+		get: func(s *Settings) string { return quote(string(s.SourceIP)) },
+	}, {
+		name: "publish_auto", allowed: "true or false",
+		parse: func(s *Settings, v any) error { return truth(&s.PublishAuto, v) },
+		get:   func(s *Settings) string { return strconv.FormatBool(s.PublishAuto) },
+	}, {
+		name: "docker_api", allowed: `"unix:///PATH" of a socket, or "" for none`,
+		parse: func(s *Settings, v any) error { return setDockerAPI(&s.DockerAPI, v) },
+		get:   func(s *Settings) string { return quote(dockerURL(s.DockerAPI)) },
 	},
 }
 
@@ -129,6 +159,19 @@ func number(to *int, v any, low, high int64) error {
 		return errNotAllowed
 	}
 	*to = int(n)
+	return nil
+}
+
+// truth takes a boolean, or a flag's string.
+func truth(to *bool, v any) error {
+	b, ok := v.(bool)
+	if s, isString := v.(string); isString && (s == "true" || s == "false") {
+		b, ok = s == "true", true
+	}
+	if !ok {
+		return errNotAllowed
+	}
+	*to = b
 	return nil
 }
 
@@ -210,33 +253,33 @@ func getIsolate(s *Settings) string {
 	return out + "]"
 }
 
-// setHostAccess takes "none", "all", a list of numbers and strings, or a flag's string.
-func setHostAccess(to *HostAccess, v any) error {
+// setPortSet takes "none", "all", a list of numbers and strings, or a flag's string.
+func setPortSet(to *PortSet, v any) error {
 	list, err := words(v)
 	if err != nil {
 		return err
 	}
 	if _, isList := v.([]any); isList && len(list) == 0 {
-		*to = HostAccess{}
+		*to = PortSet{}
 		return nil
 	}
-	h, err := ParseHostAccess(strings.Join(list, ","))
+	set, err := ParsePortSet(strings.Join(list, ","))
 	if err != nil {
 		return err
 	}
-	*to = h
+	*to = set
 	return nil
 }
 
 // toml is String as the file has it.
-func (h HostAccess) toml() string {
-	if h.All || len(h.Ports) == 0 {
-		return strconv.Quote(h.String())
+func (s PortSet) toml() string {
+	if s.All || len(s.Ports) == 0 {
+		return quote(s.String())
 	}
-	out := make([]string, len(h.Ports))
-	for i, p := range h.Ports {
+	out := make([]string, len(s.Ports))
+	for i, p := range s.Ports {
 		if out[i] = p.String(); p.First != p.Last {
-			out[i] = strconv.Quote(out[i])
+			out[i] = quote(out[i])
 		}
 	}
 	return "[" + strings.Join(out, ", ") + "]"

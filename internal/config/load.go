@@ -23,7 +23,7 @@ import (
 //
 //	top level key ........ for all engines
 //	[engine.NAME] key .... for that engine, over the general one
-//	command, directory, environment ... only there
+//	kind, command, directory, environment ... only there
 
 // maxFile is far beyond any real file, in bytes; more is somebody's mistake.
 const maxFile = 1 << 20
@@ -191,7 +191,7 @@ func (r *reader) engine(e *unstable.Node, name string) *engine {
 		if err := CheckName(name); err != nil {
 			r.add(position(e), err.Error())
 		}
-		own = &engine{layer: layer{}}
+		own = &engine{layer: layer{}, sources: map[string]string{}}
 		r.config.engines[name] = own
 	}
 	return own
@@ -232,10 +232,11 @@ func (r *reader) set(own *engine, name string, e *unstable.Node) {
 		r.add(r.valuePosition(e), text)
 		return
 	}
-	if own != nil && (name == "command" || name == "directory") {
+	if own != nil && slices.Contains(ownKeys, name) {
 		if err := own.set(name, v); err != nil {
 			r.add(r.valuePosition(e), err.Error())
 		}
+		own.sources[name] = r.source(e)
 		return
 	}
 	k, ok := lookup(name)
@@ -252,19 +253,27 @@ func (r *reader) set(own *engine, name string, e *unstable.Node) {
 	if own != nil {
 		to = own.layer
 	}
-	to[name] = setting{v, fmt.Sprintf("%s:%d", r.file, r.parser.Shape(position(e)).Start.Line)}
+	to[name] = setting{v, r.source(e)}
+}
+
+// ownKeys are the values that only an engine has; it has an environment, too.
+var ownKeys = []string{"kind", "command", "directory"}
+
+// source says where a node stands.
+func (r *reader) source(e *unstable.Node) string {
+	return fmt.Sprintf("%s:%d", r.file, r.parser.Shape(position(e)).Start.Line)
 }
 
 func (r *reader) unknown(own *engine, name string, e *unstable.Node) {
-	known := make([]string, 0, len(keys)+3)
+	known := make([]string, 0, len(keys)+len(ownKeys)+1)
 	for _, k := range keys {
 		known = append(known, k.name)
 	}
 	if own != nil {
-		known = append(known, "command", "directory", "environment")
+		known = append(append(known, ownKeys...), "environment")
 	}
 	text := name + ": unknown key"
-	if own == nil && (name == "command" || name == "directory" || strings.HasPrefix(name, "environment")) {
+	if own == nil && (slices.Contains(ownKeys, name) || strings.HasPrefix(name, "environment")) {
 		text += ": it belongs into a table [engine.NAME]"
 	} else {
 		text += didYouMean(name, known...)
@@ -274,7 +283,13 @@ func (r *reader) unknown(own *engine, name string, e *unstable.Node) {
 
 // set stores what only an engine has.
 func (own *engine) set(name string, v any) error {
-	if name == "directory" {
+	switch name {
+	case "kind":
+		if err := oneOf(&own.kind, v, KindCommand, KindDockerd); err != nil {
+			return fmt.Errorf(`kind: %s is not allowed: must be "command" or "dockerd"`, show(v))
+		}
+		return nil
+	case "directory":
 		dir, ok := v.(string)
 		if !ok || !filepath.IsAbs(dir) {
 			return fmt.Errorf("directory: %s is not allowed: must be an absolute path", show(v))

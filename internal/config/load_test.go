@@ -91,7 +91,7 @@ func dump(t *testing.T, b *strings.Builder, c *Config, name string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	fmt.Fprintf(b, "engine %q: command %q in %q\n", name, e.Command, e.Directory)
+	fmt.Fprintf(b, "engine %q: %s %q in %q\n", name, e.Kind, e.Command, e.Directory)
 	for _, k := range slices.Sorted(maps.Keys(e.Environment)) {
 		fmt.Fprintf(b, "  %s=%s\n", k, e.Environment[k])
 	}

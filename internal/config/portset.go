@@ -17,19 +17,21 @@ func (p Ports) String() string {
 	return fmt.Sprintf("%d-%d", p.First, p.Last)
 }
 
-// HostAccess is the set of ports of the host's loopback that a guest may reach. The
-// zero HostAccess is the empty set.
-type HostAccess struct {
+// PortSet is a set of port numbers. The zero PortSet is the empty set.
+type PortSet struct {
 	All   bool    // every port; Ports is empty then
 	Ports []Ports // in the order given
 }
 
+// HostAccess is the ports of the host's loopback that a guest may reach.
+type HostAccess = PortSet
+
 // Allows reports whether port is in the set.
-func (h HostAccess) Allows(port uint16) bool {
-	if h.All {
+func (s PortSet) Allows(port uint16) bool {
+	if s.All {
 		return true
 	}
-	for _, p := range h.Ports {
+	for _, p := range s.Ports {
 		if p.First <= port && port <= p.Last {
 			return true
 		}
@@ -37,46 +39,46 @@ func (h HostAccess) Allows(port uint16) bool {
 	return false
 }
 
-// String returns "none", "all", or the ports separated by commas, as ParseHostAccess
-// takes it.
-func (h HostAccess) String() string {
-	if h.All {
+// String returns "none", "all", or the ports separated by commas, as ParsePortSet takes
+// it.
+func (s PortSet) String() string {
+	if s.All {
 		return "all"
 	}
-	if len(h.Ports) == 0 {
+	if len(s.Ports) == 0 {
 		return "none"
 	}
-	words := make([]string, len(h.Ports))
-	for i, p := range h.Ports {
+	words := make([]string, len(s.Ports))
+	for i, p := range s.Ports {
 		words[i] = p.String()
 	}
 	return strings.Join(words, ",")
 }
 
-// maxHostAccess bounds the list: it is searched for every flow to the host.
-const maxHostAccess = 1024
+// maxPortSet bounds the list: host_access is searched for every flow to the host.
+const maxPortSet = 1024
 
-// ParseHostAccess parses "none", "all", or a list like "80,8000-8010".
-func ParseHostAccess(s string) (HostAccess, error) {
+// ParsePortSet parses "none", "all", or a list like "80,8000-8010".
+func ParsePortSet(s string) (PortSet, error) {
 	switch s = strings.TrimSpace(s); s {
 	case "none":
-		return HostAccess{}, nil
+		return PortSet{}, nil
 	case "all":
-		return HostAccess{All: true}, nil
+		return PortSet{All: true}, nil
 	}
 	words := strings.Split(s, ",")
-	if len(words) > maxHostAccess {
-		return HostAccess{}, fmt.Errorf("%d ports and ranges are more than %d", len(words), maxHostAccess)
+	if len(words) > maxPortSet {
+		return PortSet{}, fmt.Errorf("%d ports and ranges are more than %d", len(words), maxPortSet)
 	}
-	var h HostAccess
+	var set PortSet
 	for _, w := range words {
 		p, err := parsePorts(strings.TrimSpace(w))
 		if err != nil {
-			return HostAccess{}, err
+			return PortSet{}, err
 		}
-		h.Ports = append(h.Ports, p)
+		set.Ports = append(set.Ports, p)
 	}
-	return h, nil
+	return set, nil
 }
 
 // parsePorts parses "80" or "8000-8010".

@@ -1,0 +1,176 @@
+package config
+
+import (
+	"fmt"
+	"net/netip"
+	"path"
+	"strings"
+
+	"github.com/slipway-net/slipway/internal/flow"
+)
+
+// maxPublish bounds the ports of one list: as many as can be published at one time.
+const maxPublish = 16384
+
+// setPublish takes a list of strings in the notation of flow.ParsePorts, or a flag's
+// string.
+func setPublish(to *[]flow.PortSpec, v any) error {
+	list, err := words(v)
+	if err != nil {
+		return err
+	}
+	var all []flow.PortSpec
+	for _, w := range list {
+		specs, err := flow.ParsePorts(strings.TrimSpace(w))
+		if err != nil {
+			return err
+		}
+		if all = append(all, specs...); len(all) > maxPublish {
+			return fmt.Errorf("there are more than %d ports", maxPublish)
+		}
+	}
+	if err := checkTwice(all); err != nil {
+		return err
+	}
+	*to = all
+	return nil
+}
+
+// checkTwice says which port of the host is asked for twice, for that can never work.
+func checkTwice(specs []flow.PortSpec) error {
+	type port struct {
+		proto flow.Proto
+		port  uint16
+	}
+	have := make(map[port][]netip.Addr, len(specs))
+	for _, s := range specs {
+		p := port{s.Proto, s.Host.Port()}
+		if p.port == 0 {
+			continue
+		}
+		for _, a := range have[p] {
+			if meet(a, s.Host.Addr()) {
+				return fmt.Errorf("port %d/%v of the host is asked for twice", p.port, p.proto)
+			}
+		}
+		have[p] = append(have[p], s.Host.Addr())
+	}
+	return nil
+}
+
+// meet reports whether listeners at a and b, zero for all addresses, would have an
+// address in common.
+func meet(a, b netip.Addr) bool {
+	switch {
+	case !a.IsValid() || !b.IsValid():
+		return true
+	case a.Is4() != b.Is4():
+		return false
+	}
+	return a == b || a.IsUnspecified() || b.IsUnspecified()
+}
+
+// foldSpecs writes specs in their notation, neighbours as ranges.
+func foldSpecs(specs []flow.PortSpec) []string {
+	out := []string{}
+	for len(specs) > 0 {
+		n := 1
+		for n < len(specs) && follows(specs[0], specs[n], n) {
+			n++
+		}
+		out = append(out, rangeText(specs[0], n))
+		specs = specs[n:]
+	}
+	return out
+}
+
+// follows reports whether b is the n-th neighbour of a.
+func follows(a, b flow.PortSpec, n int) bool {
+	host := int(a.Host.Port())
+	if host != 0 {
+		host += n
+	}
+	guest := int(a.Guest.Port()) + n
+	if host > 65535 || guest > 65535 {
+		return false
+	}
+	a.Host = netip.AddrPortFrom(a.Host.Addr(), uint16(host))
+	a.Guest = netip.AddrPortFrom(a.Guest.Addr(), uint16(guest))
+	return a == b
+}
+
+// rangeText is the notation of first and its n-1 neighbours.
+func rangeText(first flow.PortSpec, n int) string {
+	if n == 1 {
+		return first.String()
+	}
+	return sideText(first.Host, n) + ":" + sideText(first.Guest, n) + "/" + first.Proto.String()
+}
+
+// sideText is an address, if there is one, and n ports from that of ap on.
+func sideText(ap netip.AddrPort, n int) string {
+	address := ""
+	if ap.Addr().IsValid() {
+		address = strings.TrimSuffix(netip.AddrPortFrom(ap.Addr(), 0).String(), "0")
+	}
+	if ap.Port() == 0 {
+		return address + "0"
+	}
+	return fmt.Sprintf("%s%d-%d", address, ap.Port(), int(ap.Port())+n-1)
+}
+
+// maxSocket is the longest path of a unix socket (sun_path in unix(7)), in bytes.
+const maxSocket = 107
+
+// setDockerAPI takes "unix:///PATH" or "".
+func setDockerAPI(to *string, v any) error {
+	s, ok := v.(string)
+	file, isUnix := strings.CutPrefix(s, "unix://")
+	switch {
+	case ok && s == "":
+		*to = ""
+		return nil
+	case !ok || !isUnix || !path.IsAbs(file) || strings.Contains(file, "\x00"):
+		return errNotAllowed
+	case len(file) > maxSocket:
+		return fmt.Errorf("the path has %d bytes, a socket's has at most %d", len(file), maxSocket)
+	}
+	*to = path.Clean(file)
+	return nil
+}
+
+// dockerURL is the notation of setDockerAPI for a path.
+func dockerURL(file string) string {
+	if file == "" {
+		return ""
+	}
+	return "unix://" + file
+}
+
+// quote writes a string of TOML.
+func quote(s string) string {
+	var b strings.Builder
+	b.WriteByte('"')
+	for _, r := range s {
+		switch {
+		case r == '"' || r == '\\':
+			b.WriteByte('\\')
+			b.WriteRune(r)
+		case r < ' ' || r == 0x7f:
+			fmt.Fprintf(&b, "\\u%04X", r)
+		default:
+			b.WriteRune(r)
+		}
+	}
+	b.WriteByte('"')
+	return b.String()
+}
+
+// quoteAll writes a list of strings of TOML.
+func quoteAll(list []string) string {
+	out := make([]string, len(list))
+	for i, s := range list {
+		out[i] = quote(s)
+	}
+	return "[" + strings.Join(out, ", ") + "]"
+}
