@@ -26,6 +26,25 @@ type Backend interface {
 	// and error; they stay the caller's and may be closed after the return. The
 	// error is an *Error where there is more to say than its text.
 	Exec(ctx context.Context, r ExecRequest, stdio [3]*os.File) (Process, error)
+
+	// Info says what serves the ports.
+	Info() Info
+
+	PortBackend
+
+	// Ports returns the published ports, in the order of their IDs.
+	Ports() []Port
+}
+
+// PortBackend publishes ports. An error is an *Error with the Status that fits, where
+// there is one.
+type PortBackend interface {
+	// AddPort publishes s for owner. Without an error the port is listening when it
+	// returns. An owner who has the same already gets that.
+	AddPort(ctx context.Context, owner string, s flow.PortSpec) (Port, error)
+
+	// RemovePort ends a port, whoever owns it. Its connections go on.
+	RemovePort(id uint64) error
 }
 
 // Process is a command that Backend.Exec started.
@@ -43,6 +62,10 @@ type Error struct {
 	Message string `json:"error"`
 	Hint    string `json:"hint,omitempty"`
 	Code    int    `json:"code,omitempty"` // 126, 127; 0 means 125
+
+	// Status is that of HTTP which says the same: 400 for what cannot be asked, 404 for
+	// what is not there, 409 for what somebody else has, 503 for a limit. 0 means 500.
+	Status int `json:"-"`
 }
 
 // Error returns the message.

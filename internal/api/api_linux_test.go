@@ -52,6 +52,7 @@ func missing(t *testing.T, err error) {
 
 // fake is a Backend that runs commands on the host.
 type fake struct {
+	book
 	status Status
 	flows  []*flow.Flow
 	refuse error
@@ -59,6 +60,8 @@ type fake struct {
 
 func (f *fake) Status() Status      { return f.status }
 func (f *fake) Flows() []*flow.Flow { return f.flows }
+
+func (f *fake) Info() Info { return NewInfo() }
 
 func (f *fake) Exec(_ context.Context, r ExecRequest, stdio [3]*os.File) (Process, error) {
 	if f.refuse != nil {

@@ -1,6 +1,7 @@
 package api
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,8 @@ import (
 	"net/url"
 	"strconv"
 	"syscall"
+
+	"github.com/slipway-net/slipway/internal/flow"
 )
 
 // Client asks one engine. Its methods may be called by several goroutines.
@@ -48,8 +51,42 @@ func (c *Client) Flows(ctx context.Context, limit int) (l FlowList, err error) {
 	return l, c.get(ctx, path, &l)
 }
 
+// Info returns what serves the engine's ports.
+func (c *Client) Info(ctx context.Context) (i Info, err error) {
+	return i, c.get(ctx, "/v1/info", &i)
+}
+
+// Ports returns the published ports, in the order of their IDs.
+func (c *Client) Ports(ctx context.Context) (l []Port, err error) {
+	return l, c.get(ctx, "/v1/ports", &l)
+}
+
+// AddPort publishes a port. Without an error it is listening. It is an *Error when the
+// engine refused.
+func (c *Client) AddPort(ctx context.Context, s flow.PortSpec) (p Port, err error) {
+	return p, c.do(ctx, http.MethodPost, "/v1/ports", SpecOf(s), &p)
+}
+
+// RemovePort ends a published port. Its connections go on.
+func (c *Client) RemovePort(ctx context.Context, id uint64) error {
+	return c.do(ctx, http.MethodDelete, "/v1/ports/"+strconv.FormatUint(id, 10), nil, nil)
+}
+
 func (c *Client) get(ctx context.Context, path string, v any) error {
-	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+Host+path, nil)
+	return c.do(ctx, http.MethodGet, path, nil, v)
+}
+
+// do asks with body and reads the answer into v; nil for either means that there is none.
+func (c *Client) do(ctx context.Context, method, path string, body, v any) error {
+	var in io.Reader
+	if body != nil {
+		b, err := json.Marshal(body)
+		if err != nil {
+			return c.errorf("ask", err)
+		}
+		in = bytes.NewReader(b)
+	}
+	r, err := http.NewRequestWithContext(ctx, method, "http://"+Host+path, in)
 	if err != nil {
 		return c.errorf("ask", err)
 	}
@@ -58,8 +95,11 @@ func (c *Client) get(ctx context.Context, path string, v any) error {
 		return c.errorf("ask", err)
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
+	if resp.StatusCode/100 != 2 {
 		return readError(resp)
+	}
+	if v == nil {
+		return nil
 	}
 	if err := json.NewDecoder(resp.Body).Decode(v); err != nil {
 		return c.errorf("ask", err)
@@ -71,7 +111,7 @@ func (c *Client) get(ctx context.Context, path string, v any) error {
 func readError(resp *http.Response) error {
 	defer resp.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
-	e := new(Error)
+	e := &Error{Status: resp.StatusCode}
 	if err != nil || json.Unmarshal(b, e) != nil || e.Message == "" {
 		e.Message = "the engine answered " + resp.Status
 	}

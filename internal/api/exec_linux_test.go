@@ -94,7 +94,7 @@ func TestExecRefused(t *testing.T) {
 	c := client(t, serve(t, &fake{refuse: want}))
 	_, err := c.Exec(t.Context(), ExecRequest{Args: []string{"nosuch"}}, newPipes(t).files, nil)
 	var e *Error
-	if !errors.As(err, &e) || *e != *want {
+	if !errors.As(err, &e) || e.Message != want.Message || e.Hint != want.Hint || e.Code != want.Code {
 		t.Errorf("Exec = %v, want %v", err, want)
 	}
 	if _, err := c.Exec(t.Context(), ExecRequest{}, newPipes(t).files, nil); err == nil || !strings.Contains(err.Error(), "no command") {

@@ -63,6 +63,9 @@ func (d document) compare(where string, s schema, typ reflect.Type) {
 	for i := range typ.NumField() {
 		f := typ.Field(i)
 		name, options, _ := strings.Cut(f.Tag.Get("json"), ",")
+		if name == "-" {
+			continue
+		}
 		known[name] = true
 		p, ok := s.Properties[name]
 		if !ok {
