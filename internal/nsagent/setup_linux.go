@@ -38,6 +38,7 @@ func (g *guest) setup() (files map[string]*os.File, r Report, err error) {
 	k := g.prepareKernel(&r)
 	g.loadTables(&r, k)
 	g.settleKernel(k, &r)
+	g.settlePorts(&r)
 	files = k.files()
 	files[wireTUN], files[wireNFT] = tun, g.tables.owner()
 	return files, r, nil

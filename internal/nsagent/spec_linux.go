@@ -55,6 +55,9 @@ type Spec struct {
 	KernelPath bool
 	// PingRange opens ping sockets to every group of the guest.
 	PingRange bool
+	// NonlocalBind lets the guest's programs listen on addresses that it does not
+	// have, as dockerd's proxies do for a port of one address of the host.
+	NonlocalBind bool
 
 	// StopTimeout is how long commands may take to end after TERM before they
 	// are killed. Zero means DefaultStopTimeout, negative kills at once.
@@ -106,6 +109,15 @@ type Report struct {
 	// Kernel6 is why it has no IPv6, so that IPv6 flows take netstack; empty if it
 	// has, and if there is no kernel path at all.
 	Kernel6 string `json:"kernel6,omitempty"`
+	// UDPTimeout is the least time, in seconds, that the guest's conntrack remembers
+	// a UDP mapping after its last datagram.
+	UDPTimeout int `json:"udp_timeout,omitempty"`
+	// LocalPorts are the first and the last port that the guest's kernel gives to
+	// sockets which ask for none.
+	LocalPorts [2]uint16 `json:"local_ports"`
+	// NonlocalBind is why the guest's programs cannot listen on addresses that it
+	// does not have; empty if they can, or it was not asked for.
+	NonlocalBind string `json:"nonlocal_bind,omitempty"`
 	// Sys is why /sys shows the host's network devices.
 	Sys string `json:"sys,omitempty"`
 	// IPv6 is why the guest has no IPv6.

@@ -13,7 +13,7 @@ import (
 // no such settings for IPv6.
 
 // sysctlDir is the directory of names such as "conf/all/rp_filter".
-const sysctlDir = "/proc/sys/net/ipv4/"
+const sysctlDir = netDir + "ipv4/"
 
 // admit makes room for our packets in a family of which that is said above. own tells
 // whether the namespace is ours alone.
@@ -64,17 +64,25 @@ func admitSources(tun string) error {
 // sysctlName is a name as sysctl(8) has it.
 func sysctlName(name string) string { return "net.ipv4." + strings.ReplaceAll(name, "/", ".") }
 
-func readSysctl(name string) (string, error) {
-	b, err := os.ReadFile(sysctlDir + name)
+func readSysctl(name string) (string, error) { return readNetSysctl("ipv4/" + name) }
+
+// changeSysctl writes it unless it has that value. The error is without the path.
+func changeSysctl(name, value string) error { return changeNetSysctl("ipv4/"+name, value) }
+
+// netDir is the directory of names such as "ipv6/ip_nonlocal_bind".
+const netDir = "/proc/sys/net/"
+
+func readNetSysctl(name string) (string, error) {
+	b, err := os.ReadFile(netDir + name)
 	return string(bytes.TrimSpace(b)), err
 }
 
-// changeSysctl writes it unless it has that value. The error is without the path.
-func changeSysctl(name, value string) error {
-	if now, err := readSysctl(name); err == nil && now == value {
+// changeNetSysctl is changeSysctl for every setting of the network.
+func changeNetSysctl(name, value string) error {
+	if now, err := readNetSysctl(name); err == nil && now == value {
 		return nil
 	}
-	err := os.WriteFile(sysctlDir+name, []byte(value), 0)
+	err := os.WriteFile(netDir+name, []byte(value), 0)
 	var path *os.PathError
 	if errors.As(err, &path) {
 		err = path.Err
