@@ -22,6 +22,10 @@ needed=(
 	docker:docker.io
 	containerd:containerd
 	docker-registry:docker-registry
+	docker-compose:docker-compose
+	rootlessctl:rootlesskit
+	nginx:nginx-light
+	iperf3:iperf3
 	podman:podman
 	/usr/lib/podman/netavark:netavark
 	busybox:busybox-static
@@ -45,7 +49,8 @@ if command -v busybox >/dev/null && command -v dpkg-query >/dev/null &&
 	! dpkg-query -W -f '${Status}' busybox-static 2>/dev/null | grep -q '^install ok'; then
 	packages+=(busybox-static)
 fi
-[ ${#packages[@]} -gt 0 ] || exit 0
+dockerd=$(dirname "${BASH_SOURCE[0]}")/dockerd.sh
+[ ${#packages[@]} -gt 0 ] || exec "$dockerd"
 mapfile -t packages < <(printf '%s\n' "${packages[@]}" | sort -u)
 
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
@@ -79,3 +84,4 @@ if ! install >"$log" 2>&1; then
 	fi
 fi
 rm -f "$log"
+"$dockerd"
