@@ -1,0 +1,12 @@
+package publish
+
+import (
+	"net/netip"
+
+	"github.com/slipway-net/slipway/internal/flow"
+)
+
+// holders tells who has a port; not known yet.
+type holders struct{}
+
+func (*holders) find(flow.Proto, netip.AddrPort) string { return "" }

@@ -1,0 +1,251 @@
+package publish
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/slipway-net/slipway/internal/flow"
+)
+
+// portTries is how many ports of the host's choice are tried until both families can
+// have one. One other listener among all ports fails a try with 1 in 28,000.
+const portTries = 10
+
+// socket is one listening socket: ln for TCP, udp for UDP.
+type socket struct {
+	ln   *net.TCPListener
+	udp  *net.UDPConn
+	at   netip.AddrPort
+	dual bool // an inherited one for both families
+}
+
+func (s socket) close() error {
+	if s.ln != nil {
+		return s.ln.Close()
+	}
+	return s.udp.Close()
+}
+
+func (s socket) serve(c Carrier, p *Port) (io.Closer, error) {
+	if s.ln != nil {
+		return c.ServeTCP(s.ln, p)
+	}
+	return c.ServeUDP(s.udp, p)
+}
+
+// open listens for e, fills in e.port and hands the sockets to the Carrier. When it
+// fails nothing is left of it.
+func (b *Book) open(e *entry) (err error) {
+	if e.sockets, err = b.listenAll(e.asked.Proto, e.claims); err != nil {
+		return err
+	}
+	e.port = b.describe(e)
+	for _, s := range e.sockets {
+		c, err := s.serve(b.cfg.Carrier, e.port)
+		if err != nil {
+			e.close()
+			return &listenError{s.at, err}
+		}
+		e.closers = append(e.closers, c)
+	}
+	return nil
+}
+
+// close ends the Carrier's work first, so that nobody uses a descriptor that is closed.
+func (e *entry) close() {
+	for _, c := range e.closers {
+		c.Close()
+	}
+	for _, s := range e.sockets {
+		s.close()
+	}
+	e.closers, e.sockets = nil, nil
+}
+
+// describe makes the Port of e, whose sockets listen.
+func (b *Book) describe(e *entry) *Port {
+	p := &Port{
+		ID: b.lastID.Add(1), Owner: e.owner, Spec: e.asked, Since: time.Now(), asked: e.asked,
+		guest4: b.cfg.Guest4, guest6: b.cfg.Guest6,
+		Wildcard: !e.asked.Host.Addr().IsValid() || e.asked.Host.Addr().IsUnspecified(),
+	}
+	for _, s := range e.sockets {
+		p.Listens = append(p.Listens, s.at)
+		p.dual = p.dual || s.dual
+	}
+	real := p.Listens[0].Port()
+	p.Spec.Source = e.source
+	p.Spec.Host = netip.AddrPortFrom(e.asked.Host.Addr(), real)
+	if p.Spec.Guest.Port() == 0 {
+		p.Spec.Guest = netip.AddrPortFrom(p.Spec.Guest.Addr(), real)
+	}
+	p.Spec.Guest = p.GuestFor(p.Listens[0].Addr())
+	return p
+}
+
+// listenError is a system's error about one address.
+type listenError struct {
+	at  netip.AddrPort
+	err error
+}
+
+func (e *listenError) Error() string { return fmt.Sprintf("listen on %v: %v", e.at, e.err) }
+func (e *listenError) Unwrap() error { return e.err }
+
+// listenAll opens a socket for each of claims, all with one port.
+func (b *Book) listenAll(proto flow.Proto, claims []netip.AddrPort) ([]socket, error) {
+	for try := 1; ; try++ {
+		socks, err := b.listenOnce(proto, claims)
+		if err == nil || claims[0].Port() != 0 || try == portTries || !errors.Is(err, errInUse) {
+			return socks, err
+		}
+	}
+}
+
+// listenOnce opens a socket for each of claims. The port that the host chooses for the
+// first is asked for again for the others. A host that lacks one of two families gets the other.
+func (b *Book) listenOnce(proto flow.Proto, claims []netip.AddrPort) (socks []socket, err error) {
+	if s, ok := b.inheritedDual(proto, claims); ok {
+		return []socket{s}, nil
+	}
+	var lacks error
+	port := claims[0].Port()
+	for _, c := range claims {
+		s, err := b.listen(proto, netip.AddrPortFrom(c.Addr(), port))
+		if err != nil && len(claims) > 1 && lacksFamily(c.Addr(), err) {
+			lacks = err
+			continue
+		}
+		if err != nil {
+			for _, s := range socks {
+				s.close()
+			}
+			return nil, err
+		}
+		socks = append(socks, s)
+		port = s.at.Port()
+	}
+	if len(socks) == 0 {
+		return nil, lacks
+	}
+	return socks, nil
+}
+
+// lacksFamily reports whether err, for one of a pair of wildcard or loopback
+// addresses, says that the host does not do that family.
+func lacksFamily(a netip.Addr, err error) bool {
+	return errors.Is(err, errNoFamily) || a.IsLoopback() && errors.Is(err, errNoAddress)
+}
+
+// listen opens the socket of one family on one address. "tcp6" and "udp6" are IPv6 only
+// (IPV6_V6ONLY), so that 0.0.0.0 and [::] are two ports.
+func (b *Book) listen(proto flow.Proto, at netip.AddrPort) (s socket, err error) {
+	if s, ok := b.inheritedAt(proto, at); ok {
+		return s, nil
+	}
+	network := proto.String() + "6"
+	if at.Addr().Is4() {
+		network = proto.String() + "4"
+	}
+	// Neither call waits for anything, so there is nothing that a context could end.
+	// Go makes MPTCP listeners unless told otherwise: their connections cannot be spliced
+	// as plain TCP, and nobody asked for them.
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	if proto == flow.TCP {
+		ln, err := lc.Listen(context.Background(), network, at.String())
+		if err != nil {
+			return s, &listenError{at, reason(err)}
+		}
+		s.ln = ln.(*net.TCPListener)
+		s.at = ln.Addr().(*net.TCPAddr).AddrPort()
+	} else {
+		c, err := lc.ListenPacket(context.Background(), network, at.String())
+		if err != nil {
+			return s, &listenError{at, reason(err)}
+		}
+		s.udp = c.(*net.UDPConn)
+		s.at = c.LocalAddr().(*net.UDPAddr).AddrPort()
+	}
+	s.at = unmap(s.at)
+	return s, nil
+}
+
+// reason is the system's word of an error of package net, which repeats the address.
+func reason(err error) error {
+	if sys := new(os.SyscallError); errors.As(err, &sys) {
+		return sys.Err
+	}
+	if op := new(net.OpError); errors.As(err, &op) {
+		return op.Err
+	}
+	return err
+}
+
+// explain makes of what failed for e the error that Add returns.
+func (b *Book) explain(e *entry, err error) error {
+	failed := new(listenError)
+	if !errors.As(err, &failed) {
+		return err
+	}
+	spec := e.asked
+	spec.Host = failed.at
+	switch {
+	case errors.Is(err, errInUse):
+		return b.inUse(spec)
+	case errors.Is(err, errNoAddress):
+		return &SpecError{spec, fmt.Sprintf("%v is not an address of this host", failed.at.Addr())}
+	case errors.Is(err, errNoFamily):
+		return &SpecError{spec, "this host does not do that address family"}
+	case errors.Is(err, os.ErrPermission):
+		return denied(spec)
+	case errors.Is(err, errNoFiles[0]), errors.Is(err, errNoFiles[1]):
+		return &limitError{spec, failed.err.Error(), hintFiles}
+	}
+	return fmt.Errorf("publish %s: %w", name(spec), failed.err)
+}
+
+// inUse names the holder of an address that could not be had.
+func (b *Book) inUse(spec flow.PortSpec) error {
+	if spec.Host.Port() == 0 {
+		return &limitError{spec, "the host has no free port", ""}
+	}
+	b.mu.Lock()
+	own := b.conflictLocked(spec.Proto, []netip.AddrPort{spec.Host})
+	b.mu.Unlock()
+	if own != nil {
+		return own.conflict(spec, []netip.AddrPort{spec.Host})
+	}
+	return &ConflictError{spec, b.holders.find(spec.Proto, spec.Host), "stop what has it, or publish another host port (0: any)"}
+}
+
+// conflict is the error of somebody who asked for what e has.
+func (e *entry) conflict(asked flow.PortSpec, claims []netip.AddrPort) error {
+	i := slices.IndexFunc(claims, func(c netip.AddrPort) bool {
+		return slices.ContainsFunc(e.claims, func(d netip.AddrPort) bool { return overlap(c.Addr(), d.Addr()) })
+	})
+	asked.Host = claims[max(i, 0)]
+	return &ConflictError{asked, fmt.Sprintf("the published port %v of %s", e.asked, e.owner),
+		"slipway ports ls shows it, slipway ports rm withdraws it"}
+}
+
+// denied is the error of a port that the process may not listen on.
+func denied(spec flow.PortSpec) error {
+	e := &PolicyError{spec, "permission denied", ""}
+	if first := unprivilegedPorts(); first > int(spec.Host.Port()) {
+		program, err := os.Executable()
+		if err != nil {
+			program = "slipway"
+		}
+		e.Why = fmt.Sprintf("ports below %d need root or CAP_NET_BIND_SERVICE", first)
+		e.hint = fmt.Sprintf("sudo sysctl net.ipv4.ip_unprivileged_port_start=%d, or sudo setcap cap_net_bind_service=+ep %s", spec.Host.Port(), program)
+	}
+	return e
+}
