@@ -68,6 +68,13 @@ type Error struct {
 	Status int `json:"-"`
 }
 
+// errorBody is an Error as the body of an HTTP answer. RootlessKit's clients read
+// message only, so it has the hint as well.
+type errorBody struct {
+	*Error
+	Text string `json:"message,omitempty"`
+}
+
 // Error returns the message.
 func (e *Error) Error() string { return e.Message }
 

@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"strconv"
 	"syscall"
+	"time"
 
 	"github.com/slipway-net/slipway/internal/flow"
 )
@@ -28,8 +29,7 @@ type Client struct {
 // use. It connects when asked something.
 func NewClient(engine, path string) *Client {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, "unix", path)
+		return dialUnix(ctx, path)
 	}
 	return &Client{path: path, engine: engine, http: http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}}
 }
@@ -130,4 +130,28 @@ func (c *Client) errorf(what string, err error) error {
 		err = ErrNotRunning
 	}
 	return fmt.Errorf("%s engine %s: %w", what, c.engine, err)
+}
+
+// queueFull is how long a client tries to connect where too many others do.
+const queueFull = 10 * time.Second
+
+// dialUnix connects to the socket at path. connect(2) fails with EAGAIN while the
+// server's queue is full, which is nothing but a reason to wait.
+func dialUnix(ctx context.Context, path string) (*net.UnixConn, error) {
+	ctx, cancel := context.WithTimeout(ctx, queueFull)
+	defer cancel()
+	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
+		c, err := new(net.Dialer).DialContext(ctx, "unix", path)
+		if err == nil {
+			return c.(*net.UnixConn), nil
+		}
+		if !errors.Is(err, syscall.EAGAIN) {
+			return nil, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(wait):
+		}
+	}
 }

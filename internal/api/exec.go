@@ -57,9 +57,6 @@ func (s *Server) exec(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusInternalServerError, &Error{Message: err.Error()})
 		return
 	}
-	// The handler goes on with the connection, so Serve's end must wait for it.
-	s.execs.Add(1)
-	defer s.execs.Done()
 	defer conn.Close()
 	defer context.AfterFunc(r.Context(), func() { conn.Close() })()
 	if err := s.serveExec(r.Context(), conn.(*limitedConn).UnixConn, req); err != nil {
@@ -200,12 +197,10 @@ func (c *Client) upgrade(ctx context.Context, r ExecRequest) (*net.UnixConn, io.
 	if err != nil {
 		return nil, nil, c.errorf("exec", err)
 	}
-	var d net.Dialer
-	nc, err := d.DialContext(ctx, "unix", c.path)
+	conn, err := dialUnix(ctx, c.path)
 	if err != nil {
 		return nil, nil, c.errorf("exec", err)
 	}
-	conn := nc.(*net.UnixConn)
 	head := fmt.Sprintf("POST /v1/exec HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n",
 		Host, execProtocol, len(body))
 	if _, err := conn.Write(append([]byte(head), body...)); err != nil {

@@ -5,6 +5,7 @@ package api
 import (
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"os"
 	"syscall"
@@ -53,3 +54,15 @@ func receiveFiles(conn *net.UnixConn) (files [3]*os.File, err error) {
 	}
 	return files, nil
 }
+
+// fileLimit is how many files we may have open.
+func fileLimit() int {
+	var l syscall.Rlimit
+	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &l) != nil {
+		return leastFiles
+	}
+	return int(min(l.Cur, math.MaxInt32)) // RLIM_INFINITY is the highest number
+}
+
+// leastFiles is POSIX's minimum of the limit, _POSIX_OPEN_MAX.
+const leastFiles = 20

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/slipway-net/slipway/internal/flow"
@@ -121,7 +122,7 @@ func (s PortSpec) Flow() (f flow.PortSpec, err error) {
 	switch f.Source = flow.Source(s.SourceIP); f.Source {
 	case "", flow.SourcePreserve, flow.SourceGateway:
 	default:
-		return f, invalid("sourceIP %q: must be %s or %s", s.SourceIP, flow.SourcePreserve, flow.SourceGateway)
+		return f, invalid("sourceIP %s: must be %s or %s", quote(s.SourceIP), flow.SourcePreserve, flow.SourceGateway)
 	}
 	if s.ProxyProtocol && f.Proto != flow.TCP {
 		return f, invalid("proxyProtocol: is for tcp only")
@@ -136,7 +137,7 @@ func (s PortSpec) proto() (flow.Proto, error) {
 	case "udp", "udp4", "udp6":
 		return flow.UDP, nil
 	}
-	return 0, invalid("proto %q: must be one of tcp, tcp4, tcp6, udp, udp4, udp6", s.Proto)
+	return 0, invalid("proto %s: must be one of %s", quote(s.Proto), strings.Join(portProtos, ", "))
 }
 
 // host brings the protocol's family and the address together.
@@ -151,7 +152,7 @@ func (s PortSpec) host() (netip.AddrPort, error) {
 	case family == "6" && s.ParentIP == "":
 		a = netip.IPv6Unspecified()
 	case family == "4" && !a.Is4(), family == "6" && !a.Is6():
-		return netip.AddrPort{}, invalid("parentIP %q: is not of the family of proto %s", s.ParentIP, s.Proto)
+		return netip.AddrPort{}, invalid("parentIP %s: is not of the family of proto %s", a, s.Proto)
 	}
 	if s.ParentPort < 0 || s.ParentPort > maxPort {
 		return netip.AddrPort{}, invalid("parentPort %d: must be in 0..%d", s.ParentPort, maxPort)
@@ -165,7 +166,7 @@ func (s PortSpec) guest() (netip.AddrPort, error) {
 		return netip.AddrPort{}, err
 	}
 	if a.IsUnspecified() || a.IsMulticast() {
-		return netip.AddrPort{}, invalid("childIP %q: is no address of a guest", s.ChildIP)
+		return netip.AddrPort{}, invalid("childIP %s: is no address of a guest", a)
 	}
 	if s.ChildPort < 0 || s.ChildPort > maxPort || s.ChildPort == 0 && s.ParentPort == 0 {
 		return netip.AddrPort{}, invalid("childPort %d: must be in 1..%d", s.ChildPort, maxPort)
@@ -180,7 +181,7 @@ func (s PortSpec) behind() (netip.AddrPort, error) {
 	ap, err := netip.ParseAddrPort(s.Behind)
 	a := ap.Addr().Unmap()
 	if err != nil || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() || ap.Port() == 0 {
-		return netip.AddrPort{}, invalid("behind %q: must be an address and a port like 172.17.0.2:80 or [fd00::2]:80", s.Behind)
+		return netip.AddrPort{}, invalid("behind %s: must be an address and a port like 172.17.0.2:80 or [fd00::2]:80", quote(s.Behind))
 	}
 	return netip.AddrPortFrom(a, ap.Port()), nil
 }
@@ -195,7 +196,7 @@ func parseIP(field, s string) (netip.Addr, error) {
 	}
 	a, err := netip.ParseAddr(s)
 	if err != nil || a.Zone() != "" {
-		return netip.Addr{}, invalid("%s %q: is not an IP address", field, s)
+		return netip.Addr{}, invalid("%s %s: is not an IP address", field, quote(s))
 	}
 	return a.Unmap(), nil
 }

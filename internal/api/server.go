@@ -25,16 +25,26 @@ import (
 //     Origin, Referer or Sec-Fetch headers, and any Host but ours.
 //
 // A refused connection gets an HTTP answer, so that a client can say why.
+//
+// Many may ask at once: connections are accepted as they come and wait in a queue for
+// one of maxConns turns (listener.go). Each carries one request, so that nobody keeps a
+// turn who has nothing to ask, and has deadlines, so that nobody does who does not
+// read or write.
 
 // Host is the Host header of a valid request; the socket is chosen by path, so any
 // name would do, and one fixed name keeps others out.
 const Host = "slipway.internal"
 
+// rootlessKitHost is what RootlessKit's clients send in its place.
+const rootlessKitHost = "rootlesskit"
+
 // Limits of the server. The owner is trusted; they stop accidents.
 const (
 	maxBody       = 4 << 20          // of a request: the environment of an exec, Linux allows 2 MiB
-	maxConns      = 256              // open at one time
+	maxConns      = 256              // answered at one time
 	headerTimeout = 10 * time.Second // for a request's header
+	readTimeout   = 20 * time.Second // for all of it
+	writeTimeout  = 30 * time.Second // for the answer, from the header's end on
 	maxFlows      = 100_000          // listed at one time
 )
 
@@ -43,7 +53,9 @@ type Server struct {
 	backend Backend
 	log     *slog.Logger
 	http    http.Server
-	execs   sync.WaitGroup
+
+	running sync.RWMutex // read by every request while it runs; guards ended
+	ended   bool
 }
 
 // NewServer makes a Server. log may be nil.
@@ -56,25 +68,35 @@ func NewServer(b Backend, log *slog.Logger) *Server {
 	mux.HandleFunc("GET /v1/status", s.status)
 	mux.HandleFunc("GET /v1/flows", s.flows)
 	mux.HandleFunc("POST /v1/exec", s.exec)
+	mux.HandleFunc("GET /v1/info", s.info)
+	mux.HandleFunc("GET /v1/ports", s.ports)
+	mux.HandleFunc("POST /v1/ports", s.addPort)
+	mux.HandleFunc("DELETE /v1/ports/{id}", s.removePort)
 	s.http = http.Server{
 		Handler:           s.guard(mux),
 		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      writeTimeout,
 		MaxHeaderBytes:    64 << 10,
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 		ConnContext:       withPeer,
 	}
+	s.http.SetKeepAlivesEnabled(false)
 	return s
 }
 
 // Serve answers on ln until ctx ends or ln fails, closes ln, and returns after the
-// last request and the last exec. It returns nil if and only if ctx ended.
+// last request and the last exec. It returns nil if and only if ctx ended. A Server
+// serves once.
 func (s *Server) Serve(ctx context.Context, ln *net.UnixListener) error {
 	s.http.BaseContext = func(net.Listener) context.Context { return ctx }
 	stop := context.AfterFunc(ctx, func() { s.http.Close() })
 	defer stop()
-	err := s.http.Serve(limit(ln, maxConns))
+	err := s.http.Serve(limit(ln, maxConns, s.log))
 	s.http.Close()
-	s.execs.Wait()
+	s.running.Lock()
+	s.ended = true
+	s.running.Unlock()
 	if ctx.Err() != nil {
 		return nil
 	}
@@ -84,6 +106,11 @@ func (s *Server) Serve(ctx context.Context, ln *net.UnixListener) error {
 // guard refuses what does not come from a client of ours.
 func (s *Server) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		s.running.RLock()
+		defer s.running.RUnlock()
+		if s.ended {
+			return
+		}
 		if err := admit(r.Context()); err != nil {
 			s.log.Warn("connection refused", slog.Any("err", err))
 			fail(w, http.StatusForbidden, &Error{Message: err.Error()})
@@ -95,7 +122,7 @@ func (s *Server) guard(next http.Handler) http.Handler {
 				return
 			}
 		}
-		if r.Host != Host {
+		if r.Host != Host && r.Host != rootlessKitHost {
 			fail(w, http.StatusForbidden, &Error{Message: fmt.Sprintf("host %q is not %s", r.Host, Host)})
 			return
 		}
@@ -129,9 +156,13 @@ func reply(w http.ResponseWriter, v any) {
 }
 
 func fail(w http.ResponseWriter, status int, e *Error) {
+	body := errorBody{Error: e, Text: e.Message}
+	if e.Hint != "" {
+		body.Text += "; hint: " + e.Hint
+	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	json.NewEncoder(w).Encode(e)
+	json.NewEncoder(w).Encode(body)
 }
 
 // asError makes an Error of any error.
@@ -141,49 +172,4 @@ func asError(err error) *Error {
 		return e
 	}
 	return &Error{Message: err.Error()}
-}
-
-// limitedListener accepts at most cap(slots) connections at one time; the others
-// wait in the kernel's queue.
-type limitedListener struct {
-	*net.UnixListener
-	slots  chan struct{}
-	closed chan struct{}
-	once   sync.Once
-}
-
-func limit(ln *net.UnixListener, n int) *limitedListener {
-	return &limitedListener{UnixListener: ln, slots: make(chan struct{}, n), closed: make(chan struct{})}
-}
-
-// Accept implements net.Listener.
-func (l *limitedListener) Accept() (net.Conn, error) {
-	select {
-	case l.slots <- struct{}{}:
-	case <-l.closed:
-		return nil, net.ErrClosed
-	}
-	c, err := l.AcceptUnix()
-	if err != nil {
-		<-l.slots
-		return nil, err
-	}
-	return &limitedConn{UnixConn: c, release: sync.OnceFunc(func() { <-l.slots })}, nil
-}
-
-// Close implements net.Listener.
-func (l *limitedListener) Close() error {
-	l.once.Do(func() { close(l.closed) })
-	return l.UnixListener.Close()
-}
-
-type limitedConn struct {
-	*net.UnixConn
-	release func()
-}
-
-// Close implements net.Conn.
-func (c *limitedConn) Close() error {
-	defer c.release()
-	return c.UnixConn.Close()
 }
