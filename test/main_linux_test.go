@@ -41,6 +41,9 @@ const (
 // runTmp is TMPDIR of every slipway that the tests start.
 const runTmp = "/run/tmp"
 
+// helperPath is this test binary for processes of any user, with a role in envInner.
+const helperPath = "/run/slipway-test-helper"
+
 // ordinaryUser is the unprivileged user that rootless variants run as when the
 // tests run as root. It exists only in the /etc of the tests.
 const ordinaryUser = 4242
@@ -212,6 +215,9 @@ func prepare() error {
 	); err != nil {
 		return err
 	}
+	if err := ownPrograms(); err != nil {
+		return err
+	}
 	if isRoot() {
 		if err := errors.Join(os.Chown(user, ordinaryUser, ordinaryUser), addOrdinaryUser(), tunForAll()); err != nil {
 			return err
@@ -219,6 +225,20 @@ func prepare() error {
 	}
 	// As systemd leaves it: new mounts show in namespaces made from this one.
 	return unix.Mount("", "/", "", unix.MS_SHARED|unix.MS_REC, "")
+}
+
+// ownPrograms gives programs of the tests paths that every user may run: go test keeps
+// its binary in a folder that only root may read.
+func ownPrograms() error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	return errors.Join(
+		os.WriteFile(helperPath, nil, 0o755),
+		unix.Mount(self, helperPath, "", unix.MS_BIND, ""),
+		os.Symlink(os.Getenv(envBin), proxyPath),
+	)
 }
 
 // isRoot tells whether the tests run as the real root: then the rootless variant
