@@ -95,7 +95,7 @@ func TestJSON(t *testing.T) {
 		}
 		return v
 	}
-	for _, args := range [][]string{{"ls"}, {"status"}, {"flows"}, {"version"}, {"config", "show"}} {
+	for _, args := range [][]string{{"ls"}, {"status"}, {"flows"}, {"ports"}, {"version"}, {"config", "show"}} {
 		check(args...)
 	}
 	needEngines(t)
@@ -112,7 +112,7 @@ func TestJSON(t *testing.T) {
 	if flows, ok := check("flows", "json")["flows"].([]any); !ok || len(flows) != 0 {
 		t.Errorf("flows: %v", flows)
 	}
-	for _, args := range [][]string{{"ls"}, {"status"}, {"flows"}} { // for people, too
+	for _, args := range [][]string{{"ls"}, {"status"}, {"flows"}, {"ports"}} { // for people, too
 		if r := slipway(t, args...); r.code != 0 || r.stdout == "" || r.stderr != "" {
 			t.Errorf("%v: status %d, stdout %q, stderr %q", args, r.code, r.stdout, r.stderr)
 		}

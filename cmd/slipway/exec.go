@@ -18,7 +18,7 @@ func newExec(code *int) *cobra.Command {
 		Short: "Run a command inside a running engine's namespaces",
 		Long: "Run CMD inside all namespaces of a running engine, with this terminal, working directory\n" +
 			"and environment. The exit status is that of CMD.",
-		Args: words(2, -1, "ENGINE or CMD"),
+		Args: words(2, -1, "ENGINE or CMD"), ValidArgsFunction: completeEngine,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			command := args[1:]
 			if command[0] == "--" {

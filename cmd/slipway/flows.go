@@ -15,6 +15,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/slipway-net/slipway/internal/api"
+	"github.com/slipway-net/slipway/internal/flow"
 )
 
 // watchEvery is how often --watch asks.
@@ -33,8 +34,11 @@ func newFlows() *cobra.Command {
 		Use:   "flows [ENGINE]",
 		Short: "List live flows, newest first",
 		Long: "List the live flows of an engine, or of all, newest first. With --watch again every second:\n" +
-			"on a terminal in place, in a pipe one listing after another, with --json one document a line.",
-		Args: words(0, 1, ""),
+			"on a terminal in place, in a pipe one listing after another, with --json one document a line.\n" +
+			"An arrow to the left is a client of a published port, TARGET its address. OUT and IN are bytes\n" +
+			"out of the guest and into it.",
+		Args:              words(0, 1, ""),
+		ValidArgsFunction: completeEngine,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if limit < 0 {
 				return usage(cmd, strconv.ErrRange)
@@ -123,17 +127,26 @@ func (p flowPrinter) print(flows []engineFlow) error {
 }
 
 func flowRows(flows []engineFlow) [][]string {
-	rows := [][]string{{"ENGINE", "PROTO", "GUEST", "TARGET", "NAME", "DECISION", "PATH", "STATE", "AGE", "OUT", "IN"}}
+	rows := [][]string{{"ENGINE", "PROTO", "GUEST", "", "TARGET", "NAME", "DECISION", "PATH", "STATE", "AGE", "OUT", "IN"}}
 	for _, f := range flows {
 		rows = append(rows, []string{
-			f.Engine, f.Proto.String(), f.Guest.String(), target(f.Flow), dash(printable(f.Name)), decision(f.Flow), string(f.Path), f.State,
+			f.Engine, f.Proto.String(), f.Guest.String(), arrow(f.Flow), target(f.Flow), dash(printable(f.Name)), decision(f.Flow), string(f.Path), f.State,
 			ageText(time.Since(f.Started)), bytesText(f.ToHost.Bytes), bytesText(f.ToGuest.Bytes),
 		})
 	}
 	return rows
 }
 
-// target is what the guest asked for, and what was dialled when that is another.
+// arrow points from who began to who was reached.
+func arrow(f api.Flow) string {
+	if f.Decision == flow.Published {
+		return "<-"
+	}
+	return "->"
+}
+
+// target is what the guest asked for, and what was dialled when that is another; of a
+// published port the client.
 func target(f api.Flow) string {
 	text := f.Target.String()
 	if f.Target.Port() == 0 { // a ping

@@ -145,7 +145,7 @@ func newStatus() *cobra.Command {
 		Use:   "status [ENGINE]",
 		Short: "Show the health of an engine, or of all",
 		Long:  "Show paths in use and why, link offloads, DNS servers, ping, limits and everything dropped.",
-		Args:  words(0, 1, ""),
+		Args:  words(0, 1, ""), ValidArgsFunction: completeEngine,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			answers, err := askEach(cmd.Context(), args, askStatus)
 			if err != nil {

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"runtime"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
@@ -44,7 +45,7 @@ func newConfigShow() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "show [ENGINE]",
 		Short: "Print the settings in effect and where each comes from",
-		Args:  words(0, 1, ""),
+		Args:  words(0, 1, ""), ValidArgsFunction: completeConfigured,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := f.load(cmd)
 			if err != nil {
@@ -69,11 +70,22 @@ func showConfig(cmd *cobra.Command, c *config.Config, name string, asJSON bool) 
 	if err != nil {
 		return err
 	}
+	own := c.Own(name)
 	if asJSON {
-		return printJSON(cmd.OutOrStdout(), map[string]any{"file": c.File(), "settings": values, "engines": c.Names()})
+		out := map[string]any{"file": c.File(), "settings": values, "engines": c.Names()}
+		if own != nil {
+			out["engine"] = own
+		}
+		return printJSON(cmd.OutOrStdout(), out)
 	}
 	rows := make([][]string, 0, len(values))
 	for _, v := range values {
+		rows = append(rows, []string{v.Key + " = " + v.Value, "# " + v.Source})
+	}
+	if own != nil {
+		rows = append(rows, []string{"", ""}, []string{"[engine." + strconv.Quote(name) + "]"})
+	}
+	for _, v := range own {
 		rows = append(rows, []string{v.Key + " = " + v.Value, "# " + v.Source})
 	}
 	return printTable(cmd.OutOrStdout(), rows)

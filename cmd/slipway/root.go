@@ -43,7 +43,7 @@ func newRoot(code *int) *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usage(cmd, err) })
 	root.AddCommand(
 		newRun(code), newUp(code), newAttach(code), newExec(code),
-		newLs(), newStatus(), newFlows(),
+		newLs(), newStatus(), newFlows(), newPorts(), newDocker(),
 		newProbe(), newDemo(code), newDoctor(),
 		newConfig(), newVersion(),
 	)
@@ -87,13 +87,24 @@ func words(low, high int, what string) cobra.PositionalArgs {
 // report writes an error, one line for each problem, and its hint. It returns the exit
 // status that the error stands for.
 func report(w io.Writer, err error) int {
-	code, hint := daemon.CodeFailed, ""
+	if status := statusError(0); errors.As(err, &status) {
+		return int(status)
+	}
+	hint, code := advice(err)
+	for line := range strings.Lines(err.Error()) {
+		fmt.Fprintf(w, "slipway: %s\n", strings.TrimRight(line, "\n"))
+	}
+	if hint != "" {
+		fmt.Fprintf(w, "hint: %s\n", hint)
+	}
+	return code
+}
+
+// advice is what a user can do about an error, "" for nothing, and the exit status.
+func advice(err error) (hint string, code int) {
 	var p *daemon.Problem
 	var ae *api.Error
-	var status statusError
 	switch {
-	case errors.As(err, &status):
-		return int(status)
 	case errors.As(err, &p):
 		hint, code = p.Hint, max(p.Code, 0)
 	case errors.As(err, &ae):
@@ -104,13 +115,7 @@ func report(w io.Writer, err error) int {
 	if code == 0 {
 		code = daemon.CodeFailed
 	}
-	for line := range strings.Lines(err.Error()) {
-		fmt.Fprintf(w, "slipway: %s\n", strings.TrimRight(line, "\n"))
-	}
-	if hint != "" {
-		fmt.Fprintf(w, "hint: %s\n", hint)
-	}
-	return code
+	return hint, code
 }
 
 // statusError ends the program with an exit status when everything is said already.

@@ -19,22 +19,37 @@ import (
 // engineFlags are what run, up and attach have in common.
 type engineFlags struct {
 	config   string
+	publish  []string
 	rootless bool
 }
 
-// settingFlags are flags that set a key of the configuration.
-var settingFlags = []struct{ flag, key, help string }{
-	{"path", "path", "how flows travel, `auto|kernel|netstack`"},
-	{"host-access", "host_access", "`PORTS` of the host's loopback that the guest reaches: none, all, or a list like 80,8000-8010"},
-	{"isolate", "isolate", "`LIST` of what is isolated: net, which always is, mount, pid"},
-	{"log-level", "log_level", "least level that is logged, `debug|info|warn|error`"},
+// settingFlags are flags that set a key of the configuration. words are what a shell
+// can complete.
+var settingFlags = []struct {
+	flag, key, help string
+	words           []string
+}{
+	{"path", "path", "how flows travel, `auto|kernel|netstack`", []string{config.PathAuto, config.PathKernel, config.PathNetstack}},
+	{"host-access", "host_access", "`PORTS` of the host's loopback that the guest reaches: none, all, or a list like 80,8000-8010", []string{"none", "all"}},
+	{"isolate", "isolate", "`LIST` of what is isolated: net, which always is, mount, pid", []string{"net", "mount", "pid", "mount,pid"}},
+	{"log-level", "log_level", "least level that is logged, `debug|info|warn|error`", []string{"debug", "info", "warn", "error"}},
+	{"publish-bind", "publish_bind", "where published ports listen, `as-asked|loopback-default|loopback-only`",
+		[]string{config.BindAsAsked, config.BindLoopbackDefault, config.BindLoopbackOnly}},
+	{"source-ip", "source_ip", "which client address the guest sees behind a published port, `preserve|gateway`", sourceWords},
 }
+
+// autoWord is the value of --publish that stands for publish_auto.
+const autoWord = "auto"
 
 func (f *engineFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.config, "config", "", "configuration `FILE`, instead of slipway.toml in the usual places")
 	for _, s := range settingFlags {
 		cmd.Flags().String(s.flag, "", s.help)
+		completeFlag(cmd, s.flag, s.words...)
 	}
+	cmd.Flags().StringArrayVarP(&f.publish, "publish", "p", nil,
+		"publish `SPEC`, [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp], or with auto what the guest listens on; may be repeated")
+	completeFlag(cmd, "publish", autoWord)
 }
 
 func (f *engineFlags) addRootless(cmd *cobra.Command) {
@@ -56,7 +71,28 @@ func (f *engineFlags) load(cmd *cobra.Command) (*config.Config, error) {
 			return nil, usage(cmd, err)
 		}
 	}
+	if err := f.setPublish(c); err != nil {
+		return nil, usage(cmd, err)
+	}
 	return c, nil
+}
+
+// setPublish lays --publish over the configuration: its ports are instead of the
+// file's, and auto leaves those alone.
+func (f *engineFlags) setPublish(c *config.Config) error {
+	const source = "--publish"
+	var specs []string
+	for _, s := range f.publish {
+		if s != autoWord {
+			specs = append(specs, s)
+		} else if err := c.Set("publish_auto", "true", source); err != nil {
+			return err
+		}
+	}
+	if len(specs) == 0 {
+		return nil
+	}
+	return c.Set("publish", strings.Join(specs, ","), source)
 }
 
 // loadConfig reads the file at path, or for "" the one in the usual places, if any.
@@ -112,8 +148,9 @@ func newRun(code *int) *cobra.Command {
 			"before CMD started, 126 and 127 when CMD cannot be executed or is not found.\n" +
 			"TERM, HUP, QUIT, USR1, USR2 and WINCH are passed on, INT when there is no terminal.\n" +
 			"stop_timeout (20 s) after TERM, or at a second TERM, what is left is killed.",
-		Example: "  slipway run -- curl http://example.org/\n  slipway run --name a --host-access 5432 -- dockerd",
-		Args:    words(1, -1, "CMD"),
+		Example: "  slipway run -- curl http://example.org/\n  slipway run --name a --host-access 5432 -- dockerd\n" +
+			"  slipway run -p 8080:80 -p 127.0.0.1:5353:53/udp -- my-server",
+		Args: words(1, -1, "CMD"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if name == "" {
 				name = daemon.NameFor(args, os.Getpid())
@@ -139,11 +176,12 @@ func newUp(code *int) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "up [ENGINE]",
 		Short: "Start a configured engine and stay in the foreground",
-		Long: "Start the engine that has a table [engine.NAME] with a command in the configuration, and\n" +
-			"stay in the foreground, as a service manager wants it. ENGINE may be left out when there\n" +
-			"is only one. HUP reads the configuration again: log_level changes at once, of other\n" +
-			"changes slipway says that they need a restart.",
-		Args: words(0, 1, ""),
+		Long: "Start the engine that has a table [engine.NAME] in the configuration, with a command or with\n" +
+			"kind = \"dockerd\", and stay in the foreground, as a service manager wants it. ENGINE may be\n" +
+			"left out when there is only one. HUP reads the configuration again: log_level and what is\n" +
+			"published change at once, of other changes slipway says that they need a restart.",
+		Args:              words(0, 1, ""),
+		ValidArgsFunction: completeConfigured,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := f.load(cmd)
 			if err != nil {
@@ -206,7 +244,7 @@ func chooseConfigured(c *config.Config, args []string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if len(e.Command) == 0 {
+	if len(e.Command) == 0 && e.Kind == config.KindCommand {
 		return "", &daemon.Problem{Err: fmt.Errorf("start engine on %s: it is not configured with a command", args[0]), Hint: hint}
 	}
 	return args[0], nil

@@ -1,0 +1,407 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/slipway-net/slipway/internal/api"
+	"github.com/slipway-net/slipway/internal/config"
+	"github.com/slipway-net/slipway/internal/daemon"
+	"github.com/slipway-net/slipway/internal/flow"
+)
+
+// enginePort is a published port and whose it is.
+type enginePort struct {
+	Engine string `json:"engine"`
+	api.Port
+}
+
+func newPorts() *cobra.Command {
+	cmd := newPortsLs()
+	cmd.Use = "ports [ENGINE]"
+	cmd.Short = "List, publish and withdraw ports of the guest on this host"
+	cmd.Long = "Without a further command list the published ports of an engine, or of all, as ports ls does.\n\n" +
+		"A SPEC is [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]. Ports may be ranges, 8000-8009:9000-9009,\n" +
+		"HOSTPORT may be 0, any, and IPv6 addresses are in brackets. Without HOSTIP it is all addresses of\n" +
+		"this host, without GUESTIP the engine's own."
+	cmd.AddCommand(newPortsLs(), newPortsAdd(), newPortsRm())
+	return cmd
+}
+
+func newPortsLs() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "ls [ENGINE]",
+		Short: "List the published ports of an engine, or of all",
+		Long: "List the published ports of an engine, or of all. OWNER is who asked for it. CLIENTS counts\n" +
+			"connections and UDP clients so far, REFUSED those that the guest did not want, GATEWAY those\n" +
+			"that the guest could not be shown with their own address.",
+		Args:              words(0, 1, ""),
+		ValidArgsFunction: completeEngine,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			answers, err := askEach(cmd.Context(), args, askPorts)
+			if err != nil {
+				return err
+			}
+			reportSilent(cmd, answers)
+			ports := []enginePort{}
+			for _, a := range answers {
+				for _, p := range a.value {
+					ports = append(ports, enginePort{a.engine, p})
+				}
+			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), map[string]any{"ports": ports})
+			}
+			return printTable(cmd.OutOrStdout(), portRows(ports))
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")
+	return cmd
+}
+
+func askPorts(ctx context.Context, c *api.Client) ([]api.Port, error) { return c.Ports(ctx) }
+
+func portRows(ports []enginePort) [][]string {
+	rows := [][]string{{"ENGINE", "ID", "PROTO", "LISTEN", "GUEST", "SOURCE", "OWNER", "CLIENTS", "REFUSED", "GATEWAY"}}
+	for _, p := range ports {
+		rows = append(rows, []string{
+			p.Engine, strconv.FormatUint(p.ID, 10), printable(p.Spec.Proto), listenText(p.Port), guestText(p.Spec), sourceText(p.Spec), printable(p.Owner),
+			fmt.Sprint(p.Counters.Clients), fmt.Sprint(p.Counters.Refused), fmt.Sprint(p.Counters.Gateway),
+		})
+	}
+	return rows
+}
+
+// listenText is where a port listens: *:8080 is every address of both families.
+func listenText(p api.Port) string {
+	words := make([]string, len(p.Listens))
+	wildcards := 0
+	for i, l := range p.Listens {
+		words[i] = l.String()
+		if l.Addr().IsUnspecified() && l.Port() == p.Listens[0].Port() {
+			wildcards++
+		}
+	}
+	if wildcards == 2 && len(words) == 2 {
+		return fmt.Sprintf("*:%d", p.Listens[0].Port())
+	}
+	return dash(strings.Join(words, " "))
+}
+
+// guestText is what a port's clients reach, and the container behind it where that is
+// known.
+func guestText(s api.PortSpec) string {
+	port := strconv.Itoa(cmp.Or(s.ChildPort, s.ParentPort))
+	text := "engine:" + port
+	if a, err := netip.ParseAddr(s.ChildIP); err == nil {
+		text = netip.AddrPortFrom(a, 0).String()
+		text = strings.TrimSuffix(text, "0") + port
+	}
+	if s.Behind != "" {
+		text += " (" + printable(s.Behind) + ")"
+	}
+	return text
+}
+
+// sourceText says which client address the guest sees, where the port says that.
+func sourceText(s api.PortSpec) string {
+	text := dash(printable(s.SourceIP))
+	if s.ProxyProtocol {
+		text = strings.TrimPrefix(text+"+proxy", "-+")
+	}
+	return text
+}
+
+func newPortsAdd() *cobra.Command {
+	var asJSON, proxy bool
+	var source string
+	cmd := &cobra.Command{
+		Use:   "add [ENGINE] SPEC...",
+		Short: "Publish ports of the guest on this host",
+		Long: "Publish ports. They listen when the command ends, and are printed with the ports that were\n" +
+			"chosen for 0. Each port of a range is published by itself: when one cannot be, the others are,\n" +
+			"and the exit status is 125. What is published already is no error. ENGINE may be left out when\n" +
+			"only one is running. slipway ports --help says what a SPEC is.",
+		Example: "  slipway ports add web 8080:80 127.0.0.1:5353:53/udp\n  slipway ports add web 0:[fd00::2]:80 --json",
+		Args:    words(1, -1, "SPEC"), ValidArgsFunction: completeEngine,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			engine, words, err := engineFirst(args)
+			if err != nil {
+				return usage(cmd, err)
+			}
+			if len(words) == 0 {
+				return usage(cmd, errors.New("SPEC is missing"))
+			}
+			specs, err := parseSpecs(words)
+			if err != nil {
+				return usage(cmd, err)
+			}
+			for i := range specs {
+				specs[i].ProxyProtocol = proxy
+				if specs[i].Source, err = parseSource(source); err != nil {
+					return usage(cmd, err)
+				}
+			}
+			return withEngine(engine, func(name string, c *api.Client) error {
+				ports, problems := addPorts(cmd.Context(), c, specs)
+				if err := printAdded(cmd, name, ports, asJSON); err != nil {
+					return err
+				}
+				return reportAll(cmd, problems)
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")
+	cmd.Flags().BoolVar(&proxy, "proxy-protocol", false, "begin each TCP connection with a PROXY protocol header, version 2, that names the client")
+	cmd.Flags().StringVar(&source, "source-ip", "", "which client address the guest sees, `preserve|gateway`; without it what is configured")
+	completeFlag(cmd, "source-ip", sourceWords...)
+	return cmd
+}
+
+// sourceWords are the values of --source-ip.
+var sourceWords = []string{string(flow.SourcePreserve), string(flow.SourceGateway)}
+
+// parseSource takes the value of --source-ip; without one it is the engine's.
+func parseSource(s string) (flow.Source, error) {
+	if s != "" && !slices.Contains(sourceWords, s) {
+		return "", fmt.Errorf("--source-ip: %q is not allowed: must be %s", s, strings.Join(sourceWords, " or "))
+	}
+	return flow.Source(s), nil
+}
+
+func parseSpecs(words []string) ([]flow.PortSpec, error) {
+	var all []flow.PortSpec
+	for _, w := range words {
+		specs, err := flow.ParsePorts(w)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, specs...)
+	}
+	return all, nil
+}
+
+// addPorts publishes one after the other. At the engine's limit it stops: what follows
+// would only be refused, too.
+func addPorts(ctx context.Context, c *api.Client, specs []flow.PortSpec) (ports []api.Port, problems []error) {
+	for i, s := range specs {
+		p, err := askOne(ctx, func(ctx context.Context) (api.Port, error) { return c.AddPort(ctx, s) })
+		if err == nil {
+			ports = append(ports, p)
+			continue
+		}
+		problems = append(problems, err)
+		if ae := (*api.Error)(nil); !errors.As(err, &ae) || ae.Status == http.StatusServiceUnavailable {
+			if rest := len(specs) - i - 1; rest > 0 {
+				problems = append(problems, fmt.Errorf("publish from %v on: %d ports not tried", specs[i+1], rest))
+			}
+			break
+		}
+	}
+	return ports, problems
+}
+
+// askOne asks with askTimeout.
+func askOne[T any](ctx context.Context, ask func(context.Context) (T, error)) (T, error) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	return ask(ctx)
+}
+
+func printAdded(cmd *cobra.Command, engine string, ports []api.Port, asJSON bool) error {
+	if asJSON {
+		list := make([]enginePort, len(ports))
+		for i, p := range ports {
+			list[i] = enginePort{engine, p}
+		}
+		return printJSON(cmd.OutOrStdout(), map[string]any{"ports": list})
+	}
+	if len(ports) == 0 {
+		return nil
+	}
+	rows := [][]string{{"ID", "PROTO", "LISTEN", "GUEST"}}
+	for _, p := range ports {
+		rows = append(rows, []string{strconv.FormatUint(p.ID, 10), printable(p.Spec.Proto), listenText(p), guestText(p.Spec)})
+	}
+	return printTable(cmd.OutOrStdout(), rows)
+}
+
+func newPortsRm() *cobra.Command {
+	return &cobra.Command{
+		Use:   "rm [ENGINE] ID|SPEC...",
+		Short: "Withdraw published ports",
+		Long: "Withdraw ports, by the ID of ports ls or as they were asked for. They take no new clients;\n" +
+			"connections go on until their ends. ENGINE may be left out when only one is running.",
+		Example: "  slipway ports rm web 8080:80\n  slipway ports rm 3 4",
+		Args:    words(1, -1, "ID or SPEC"), ValidArgsFunction: completePort,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			engine, words, err := engineFirst(args)
+			if err != nil {
+				return usage(cmd, err)
+			}
+			if len(words) == 0 {
+				return usage(cmd, errors.New("ID or SPEC is missing"))
+			}
+			targets, err := parseTargets(words)
+			if err != nil {
+				return usage(cmd, err)
+			}
+			return withEngine(engine, func(name string, c *api.Client) error {
+				return reportAll(cmd, removePorts(cmd.Context(), c, name, targets))
+			})
+		},
+	}
+}
+
+// portTarget is a port to be withdrawn: by its ID, or as it was asked for.
+type portTarget struct {
+	id   uint64 // 0 for none
+	spec flow.PortSpec
+}
+
+func parseTargets(words []string) (targets []portTarget, err error) {
+	for _, w := range words {
+		if id, ok := portID(w); ok {
+			targets = append(targets, portTarget{id: id})
+			continue
+		}
+		specs, err := flow.ParsePorts(w)
+		if err != nil {
+			return nil, err
+		}
+		for _, s := range specs {
+			if s.Host.Port() == 0 {
+				return nil, fmt.Errorf("port %q: 0 names no port: use the one that was chosen, or the ID", w)
+			}
+			targets = append(targets, portTarget{spec: s})
+		}
+	}
+	return targets, nil
+}
+
+// portID reads the ID of a port, a number above 0.
+func portID(s string) (uint64, bool) {
+	id, err := strconv.ParseUint(s, 10, 64)
+	return id, err == nil && id > 0
+}
+
+func removePorts(ctx context.Context, c *api.Client, engine string, targets []portTarget) (problems []error) {
+	ports, err := askOne(ctx, c.Ports)
+	if err != nil {
+		return []error{err}
+	}
+	hint := "slipway ports ls " + engine
+	for _, t := range targets {
+		id, ok := t.find(ports)
+		if !ok {
+			problems = append(problems, &daemon.Problem{Err: fmt.Errorf("withdraw %v on %s: not published", t, engine), Hint: hint})
+			continue
+		}
+		_, err := askOne(ctx, func(ctx context.Context) (struct{}, error) { return struct{}{}, c.RemovePort(ctx, id) })
+		if err != nil {
+			problems = append(problems, err)
+		}
+	}
+	return problems
+}
+
+// String is the target as it was named.
+func (t portTarget) String() string {
+	if t.id != 0 {
+		return "port " + strconv.FormatUint(t.id, 10)
+	}
+	return t.spec.String()
+}
+
+// find returns the ID of the published port that is meant.
+func (t portTarget) find(ports []api.Port) (uint64, bool) {
+	i := slices.IndexFunc(ports, func(p api.Port) bool {
+		if t.id != 0 {
+			return p.ID == t.id
+		}
+		s, err := p.Spec.Flow()
+		return err == nil && s.Proto == t.spec.Proto && s.Host == t.spec.Host &&
+			cmp.Or(s.Guest.Port(), s.Host.Port()) == t.spec.Guest.Port() &&
+			(!t.spec.Guest.Addr().IsValid() || s.Guest.Addr() == t.spec.Guest.Addr())
+	})
+	if i < 0 {
+		return 0, false
+	}
+	return ports[i].ID, true
+}
+
+// engineFirst takes the engine's name off the words of a command line. It is "" when
+// there is none: a SPEC is no name, for it has a colon, and neither is a number, unless
+// an engine is called so and more follows.
+func engineFirst(args []string) (name string, rest []string, err error) {
+	first := args[0]
+	if strings.ContainsAny(first, ":/") {
+		return "", args, nil
+	}
+	if _, isID := portID(first); isID {
+		running, err := daemon.Engines()
+		if err != nil || len(args) == 1 || !slices.Contains(running, first) {
+			return "", args, err
+		}
+	}
+	return first, args[1:], config.CheckName(first)
+}
+
+// withEngine calls f with a client of the engine called name, or for "" of the only one
+// that is running.
+func withEngine(name string, f func(name string, c *api.Client) error) error {
+	if name == "" {
+		var err error
+		if name, err = onlyEngine(); err != nil {
+			return err
+		}
+	}
+	c, err := daemon.ClientOf(name)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	return f(name, c)
+}
+
+// onlyEngine is the engine that is meant when none is named.
+func onlyEngine() (string, error) {
+	names, err := daemon.Engines()
+	switch {
+	case err != nil:
+		return "", err
+	case len(names) == 0:
+		return "", &daemon.Problem{Err: errors.New("choose engine: none is running"), Hint: "slipway run or slipway up starts one"}
+	case len(names) > 1:
+		return "", &daemon.Problem{Err: errors.New("choose engine: which one is not said"), Hint: "running: " + strings.Join(names, ", ")}
+	}
+	return names[0], nil
+}
+
+// reportAll writes every problem, and each hint once.
+func reportAll(cmd *cobra.Command, problems []error) error {
+	if len(problems) < 2 {
+		return errors.Join(problems...)
+	}
+	var hints []string
+	for _, err := range problems {
+		fmt.Fprintf(cmd.ErrOrStderr(), "slipway: %v\n", err)
+		if hint, _ := advice(err); hint != "" && !slices.Contains(hints, hint) {
+			hints = append(hints, hint)
+		}
+	}
+	for _, hint := range hints {
+		fmt.Fprintf(cmd.ErrOrStderr(), "hint: %s\n", hint)
+	}
+	return statusError(daemon.CodeFailed)
+}

@@ -1,0 +1,362 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/slipway-net/slipway/internal/api"
+	"github.com/slipway-net/slipway/internal/flow"
+)
+
+// fakeEngine is an engine that has nothing but a control socket: ports are only noted.
+// Ports 1..99 are taken by others, and it has room for maxFake.
+type fakeEngine struct {
+	dir string
+
+	mu    sync.Mutex
+	ports []api.Port
+	last  uint64
+	flows []*flow.Flow
+}
+
+const maxFake = 8
+
+func (f *fakeEngine) Status() api.Status    { return api.Status{} }
+func (f *fakeEngine) Flows() []*flow.Flow   { return f.flows }
+func (f *fakeEngine) Info() (i api.Info)    { i = api.NewInfo(); i.StateDir = f.dir; return i }
+func (f *fakeEngine) NetNS() string         { return "/proc/self/ns/net" }
+func (f *fakeEngine) list() (l []api.Port)  { return append([]api.Port{}, f.ports...) }
+func (f *fakeEngine) Ports() (l []api.Port) { f.mu.Lock(); defer f.mu.Unlock(); return f.list() }
+
+func (f *fakeEngine) Exec(context.Context, api.ExecRequest, [3]*os.File) (api.Process, error) {
+	return nil, errors.ErrUnsupported
+}
+
+func (f *fakeEngine) AddPort(_ context.Context, owner string, s flow.PortSpec) (api.Port, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch p := s.Host.Port(); {
+	case p > 0 && p < 100:
+		return api.Port{}, &api.Error{Message: fmt.Sprintf("publish %v: port %d is taken by nginx (pid 812)", s, p), Hint: "choose another", Status: http.StatusConflict}
+	case len(f.ports) >= maxFake:
+		return api.Port{}, &api.Error{Message: fmt.Sprintf("publish %v: too many", s), Status: http.StatusServiceUnavailable}
+	}
+	f.last++
+	if s.Host.Port() == 0 {
+		s.Host = netip.AddrPortFrom(s.Host.Addr(), uint16(40000+f.last))
+	}
+	listens := []netip.AddrPort{s.Host}
+	if !s.Host.Addr().IsValid() {
+		listens = []netip.AddrPort{
+			netip.AddrPortFrom(netip.IPv4Unspecified(), s.Host.Port()), netip.AddrPortFrom(netip.IPv6Unspecified(), s.Host.Port()),
+		}
+	}
+	if !s.Guest.Addr().IsValid() {
+		s.Guest = netip.AddrPortFrom(netip.MustParseAddr("192.168.65.3"), s.Guest.Port())
+	}
+	p := api.Port{ID: f.last, Spec: api.SpecOf(s), Owner: owner, Since: time.Now(), Listens: listens}
+	f.ports = append(f.ports, p)
+	return p, nil
+}
+
+func (f *fakeEngine) RemovePort(id uint64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for i, p := range f.ports {
+		if p.ID == id {
+			f.ports = append(f.ports[:i:i], f.ports[i+1:]...)
+			return nil
+		}
+	}
+	return &api.Error{Message: fmt.Sprintf("withdraw port %d: not published", id), Status: http.StatusNotFound}
+}
+
+// pretend serves a fakeEngine as slipway finds engines, until the test ends.
+func pretend(t *testing.T, name string) *fakeEngine {
+	t.Helper()
+	f := &fakeEngine{dir: filepath.Join("/run/slipway", name)}
+	if err := os.MkdirAll(f.dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	lock, err := os.Create(filepath.Join(f.dir, "lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(f.dir, "api.sock"), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- api.NewServer(f, nil).Serve(ctx, ln) }()
+	t.Cleanup(func() {
+		stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		lock.Close()
+		os.RemoveAll(f.dir)
+		os.Remove("/run/slipway/lock")
+		os.Remove("/run/slipway") // unless there is another
+	})
+	return f
+}
+
+// columns are a table's cells.
+func columns(out string) (rows [][]string) {
+	for l := range strings.Lines(out) {
+		rows = append(rows, strings.Fields(l))
+	}
+	return rows
+}
+
+func TestPorts(t *testing.T) {
+	pretend(t, "web")
+	r := slipway(t, "ports", "add", "web", "8080:80", "127.0.0.1:5353:53/udp", "[::1]:0:[fd00::2]:22")
+	want := [][]string{
+		{"ID", "PROTO", "LISTEN", "GUEST"}, {"1", "tcp", "*:8080", "192.168.65.3:80"},
+		{"2", "udp", "127.0.0.1:5353", "192.168.65.3:53"}, {"3", "tcp", "[::1]:40003", "[fd00::2]:22"},
+	}
+	if got := columns(r.stdout); r.code != 0 || r.stderr != "" || fmt.Sprint(got) != fmt.Sprint(want) {
+		t.Fatalf("add: status %d, %s, stderr %s", r.code, r.stdout, r.stderr)
+	}
+	for _, args := range [][]string{{"ports"}, {"ports", "ls"}, {"ports", "web"}, {"ports", "ls", "web"}} {
+		r := slipway(t, args...)
+		rows := columns(r.stdout)
+		if r.code != 0 || len(rows) != 4 || len(rows[0]) != len(rows[3]) || strings.Join(rows[3][:5], " ") != "web 3 tcp [::1]:40003 [fd00::2]:22" {
+			t.Errorf("%v: status %d, %s%s", args, r.code, r.stdout, r.stderr)
+		}
+	}
+	// By ID, as asked, and with the port that was chosen, all without the engine's name.
+	if r := slipway(t, "ports", "rm", "1", "127.0.0.1:5353:53/udp", "[::1]:40003:22"); r.code != 0 || r.stdout+r.stderr != "" {
+		t.Errorf("rm: status %d, %s%s", r.code, r.stdout, r.stderr)
+	}
+	if rows := columns(slipway(t, "ports").stdout); len(rows) != 1 {
+		t.Errorf("still there: %v", rows)
+	}
+}
+
+func TestPortsJSON(t *testing.T) {
+	f := pretend(t, "web")
+	list := func(args ...string) []enginePort {
+		t.Helper()
+		r := slipway(t, append(append([]string{"ports"}, args...), "--json")...)
+		var v struct{ Ports []enginePort }
+		if err := json.Unmarshal([]byte(r.stdout), &v); err != nil || r.code != 0 || v.Ports == nil {
+			t.Fatalf("%v: status %d, %v, %s%s", args, r.code, err, r.stdout, r.stderr)
+		}
+		return v.Ports
+	}
+	if got := list("ls"); len(got) != 0 {
+		t.Errorf("ports of nobody: %v", got)
+	}
+	added := list("add", "0:7-9", "--source-ip", "gateway", "--proxy-protocol")
+	if len(added) != 3 || added[0].Engine != "web" || added[0].Spec.ParentPort == 0 || added[0].Spec.SourceIP != "gateway" || !added[0].Spec.ProxyProtocol {
+		t.Errorf("added %+v", added)
+	}
+	for _, got := range [][]enginePort{list(), list("ls"), list("web"), list("ls", "web")} {
+		if fmt.Sprint(got) != fmt.Sprint(added) {
+			t.Errorf("list %+v, added %+v", got, added)
+		}
+	}
+	if p := f.Ports()[0]; p.Owner == "" {
+		t.Error("the port has no owner")
+	}
+}
+
+// Each port of a range is published by itself, and at the limit the rest is not tried.
+func TestPortsAddInPart(t *testing.T) {
+	f := pretend(t, "web")
+	r := slipway(t, "ports", "add", "98-101:98-101")
+	lines := strings.Split(strings.TrimSpace(r.stderr), "\n")
+	if r.code != 125 || len(columns(r.stdout)) != 3 || len(f.Ports()) != 2 || len(lines) != 3 ||
+		lines[1] != "slipway: publish 99:99/tcp: port 99 is taken by nginx (pid 812)" || lines[2] != "hint: choose another" {
+		t.Errorf("status %d, %s%s", r.code, r.stdout, r.stderr)
+	}
+	r = slipway(t, "ports", "add", "1000-60999:1-60000")
+	if r.code != 125 || len(f.Ports()) != maxFake || len(columns(r.stdout)) != maxFake-2+1 ||
+		!strings.Contains(r.stderr, "too many\nslipway: publish from 1007:8/tcp on: 59993 ports not tried\n") {
+		t.Errorf("status %d, %s%s", r.code, r.stdout, r.stderr)
+	}
+	r = slipway(t, "ports", "rm", "web", "98-101:98-101", "77")
+	if want := "slipway: withdraw 98:98/tcp on web: not published\nslipway: withdraw 99:99/tcp on web: not published\n" +
+		"slipway: withdraw port 77 on web: not published\nhint: slipway ports ls web\n"; r.code != 125 || r.stderr != want || len(f.Ports()) != maxFake-2 {
+		t.Errorf("status %d, %s", r.code, r.stderr)
+	}
+}
+
+func TestPortsWhichEngine(t *testing.T) {
+	check := func(hint string, args ...string) {
+		t.Helper()
+		r := slipway(t, append([]string{"ports"}, args...)...)
+		if r.code != 125 || !strings.HasPrefix(r.stderr, "slipway: choose engine: ") || !strings.Contains(r.stderr, hint) {
+			t.Errorf("%v: status %d, %s", args, r.code, r.stderr)
+		}
+	}
+	check("hint: slipway run", "add", "8080:80")
+	three, four := pretend(t, "3"), pretend(t, "four")
+	check("hint: running: 3, four", "add", "8080:80")
+	check("hint: running: 3, four", "rm", "3") // a number alone is an ID
+	for _, args := range [][]string{{"add", "3", "8080:80"}, {"add", "four", "8080:80"}, {"rm", "3", "1"}} {
+		if r := slipway(t, append([]string{"ports"}, args...)...); r.code != 0 {
+			t.Errorf("%v: %s", args, r.stderr)
+		}
+	}
+	if len(three.Ports()) != 0 || len(four.Ports()) != 1 {
+		t.Errorf("3 has %v, four has %v", three.Ports(), four.Ports())
+	}
+	if rows := columns(slipway(t, "ports").stdout); len(rows) != 2 || rows[1][0] != "four" {
+		t.Errorf("of all: %v", rows)
+	}
+}
+
+// A wrong -p is said before anything is started.
+func TestPublishErrors(t *testing.T) {
+	pretend(t, "web")
+	tests := []struct {
+		args []string
+		want string // in the first line
+	}{
+		{[]string{"run", "-p", "8080", "--", "true"}, `--publish: port "8080": must be [HOSTIP:]HOSTPORT`},
+		{[]string{"run", "-p", "80:80", "-p", "80:81", "--", "true"}, "--publish: port 80/tcp of the host is asked for twice"},
+		{[]string{"run", "--publish-bind", "all", "--", "true"}, `--publish-bind: "all" is not allowed: must be "as-asked", `},
+		{[]string{"run", "--source-ip", "mine", "--", "true"}, `--source-ip: "mine" is not allowed`},
+		{[]string{"attach", "--pid", "1", "-p", "http:80"}, "--publish: "},
+		{[]string{"ports", "add"}, "SPEC is missing"},
+		{[]string{"ports", "add", "web"}, "SPEC is missing"},
+		{[]string{"ports", "add", "web", "80:80/sctp"}, `protocol "sctp" is not tcp or udp`},
+		{[]string{"ports", "add", "web", "80:80", "--source-ip", "x"}, `--source-ip: "x" is not allowed: must be preserve or gateway`},
+		{[]string{"ports", "add", "../x", "80:80"}, "../x"},
+		{[]string{"ports", "rm", "web"}, "ID or SPEC is missing"},
+		{[]string{"ports", "rm", "web", "0:80"}, "0 names no port"},
+		{[]string{"ports", "rm", "web", "-1"}, "slipway ports rm"},
+		{[]string{"docker", "-x"}, "slipway docker"},
+	}
+	for _, tt := range tests {
+		r := slipway(t, tt.args...)
+		lines := strings.Split(strings.TrimSpace(r.stderr), "\n")
+		if r.code != 125 || r.stdout != "" || len(lines) != 2 || !strings.HasPrefix(lines[0], "slipway: read command line on ") ||
+			!strings.Contains(lines[0], tt.want) || !strings.HasPrefix(lines[1], "hint: ") {
+			t.Errorf("%v: status %d, %s%s", tt.args, r.code, r.stdout, r.stderr)
+		}
+	}
+	for _, args := range [][]string{{"ports", "nobody"}, {"ports", "add", "nobody", "8080:80"}, {"ports", "rm", "nobody", "1"}, {"docker", "nobody", "--", "ps"}} {
+		if r := slipway(t, args...); r.code != 125 || r.stderr != "slipway: ask engine nobody: not running\nhint: slipway ls lists the running engines\n" {
+			t.Errorf("%v: status %d, %s", args, r.code, r.stderr)
+		}
+	}
+}
+
+// --publish goes over the file's ports; auto leaves them alone.
+func TestPublishSettings(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "s.toml")
+	if err := os.WriteFile(file, []byte("publish = [\"1:1\"]\n[engine.web]\nkind = \"dockerd\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	tests := []struct {
+		args []string
+		want []string // lines
+	}{
+		{nil, []string{`publish = ["1:1/tcp"] # ` + file + ":1", "publish_auto = false # default"}},
+		{[]string{"-p", "auto"}, []string{`publish = ["1:1/tcp"] # ` + file + ":1", "publish_auto = true # --publish"}},
+		{[]string{"-p", "2:2", "--publish", "3:3/udp"}, []string{`publish = ["2:2/tcp", "3:3/udp"] # --publish`}},
+		{[]string{"--publish-bind", "loopback-only", "--source-ip", "gateway"},
+			[]string{`publish_bind = "loopback-only" # --publish-bind`, `source_ip = "gateway" # --source-ip`}},
+		{[]string{"web"}, []string{`[engine."web"]`, `kind = "dockerd" # ` + file + ":3"}},
+	}
+	for _, tt := range tests {
+		r := slipway(t, append([]string{"config", "show", "--config", file}, tt.args...)...)
+		var lines []string
+		for l := range strings.Lines(r.stdout) {
+			lines = append(lines, strings.Join(strings.Fields(l), " "))
+		}
+		for _, want := range tt.want {
+			if r.code != 0 || !strings.Contains("\n"+strings.Join(lines, "\n")+"\n", "\n"+want+"\n") {
+				t.Errorf("%v: no line %s in\n%s%s", tt.args, want, r.stdout, r.stderr)
+			}
+		}
+	}
+}
+
+// The docker client gets our socket, whatever the environment says, and its own words.
+func TestDocker(t *testing.T) {
+	f := pretend(t, "web")
+	if r := slipway(t, "docker", "web", "--", "ps"); r.code != 125 || !strings.Contains(r.stderr, "slipway: docker on web: there is no "+f.dir+"/docker.sock\nhint: ") {
+		t.Errorf("without dockerd: status %d, %s", r.code, r.stderr)
+	}
+	if err := os.WriteFile(filepath.Join(f.dir, dockerSocket), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	bin := t.TempDir()
+	t.Setenv("PATH", bin)
+	if r := slipway(t, "docker", "web", "ps"); r.code != codeNotFound || !strings.Contains(r.stderr, "slipway: exec on docker: not found in PATH\nhint: ") {
+		t.Errorf("without client: status %d, %s", r.code, r.stderr)
+	}
+	script := "#!/bin/sh\necho \"$@\" $DOCKER_HOST $DOCKER_CONTEXT $DOCKER_TLS_VERIFY\nexit 7\n"
+	if err := os.WriteFile(filepath.Join(bin, "docker"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_TLS_VERIFY"} {
+		t.Setenv(name, "wrong")
+	}
+	host := "unix://" + f.dir + "/docker.sock"
+	for _, args := range [][]string{{"--", "run", "-p", "1:1", "--json"}, {"run", "-p", "1:1", "--json"}} {
+		r := slipway(t, append([]string{"docker", "web"}, args...)...)
+		if want := "-H " + host + " run -p 1:1 --json " + host + "\n"; r.code != 7 || r.stdout != want {
+			t.Errorf("%v: status %d, %s%s, want %s", args, r.code, r.stdout, r.stderr, want)
+		}
+	}
+}
+
+// A client of a published port points at the guest.
+func TestPublishedFlows(t *testing.T) {
+	f := pretend(t, "web")
+	guest, client := netip.MustParseAddrPort("192.168.65.3:80"), netip.MustParseAddrPort("203.0.113.7:5000")
+	f.flows = []*flow.Flow{
+		{ID: 2, Tuple: flow.Tuple{Proto: flow.TCP, Guest: guest, Target: client}, Decided: flow.Published, Started: time.Now()},
+		{ID: 1, Tuple: flow.Tuple{Proto: flow.TCP, Guest: guest, Target: client}, Decided: flow.Direct, Started: time.Now().Add(-time.Second)},
+	}
+	r := slipway(t, "flows", "web")
+	for i, want := range []string{"GUEST TARGET", "192.168.65.3:80 <- 203.0.113.7:5000 - published", "192.168.65.3:80 -> 203.0.113.7:5000 - direct"} {
+		if rows := columns(r.stdout); len(rows) != 3 || !strings.Contains(strings.Join(rows[i], " "), want) {
+			t.Errorf("line %d is not %s:\n%s%s", i, want, r.stdout, r.stderr)
+		}
+	}
+}
+
+func TestCompletionOfWords(t *testing.T) {
+	f := pretend(t, "web")
+	if _, err := f.AddPort(t.Context(), "x", flow.PortSpec{Host: netip.MustParseAddrPort("127.0.0.1:8080")}); err != nil {
+		t.Fatal(err)
+	}
+	tests := []struct{ words, want string }{
+		{"ports rm ", "web\n:4\n"},
+		{"ports rm web ", "1\t127.0.0.1:8080\n:4\n"},
+		{"ports add ", "web\n:4\n"},
+		{"status ", "web\n:4\n"},
+		{"run --publish-bind ", "as-asked\nloopback-default\nloopback-only\n:4\n"},
+		{"run --source-ip ", "preserve\ngateway\n:4\n"},
+		{"run -p ", "auto\n:4\n"},
+	}
+	for _, tt := range tests {
+		if r := slipway(t, append([]string{"__complete"}, strings.Split(tt.words, " ")...)...); r.stdout != tt.want {
+			t.Errorf("%s: %q, want %q", tt.words, r.stdout, tt.want)
+		}
+	}
+}
