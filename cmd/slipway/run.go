@@ -33,7 +33,7 @@ var settingFlags = []struct {
 	{"host-access", "host_access", "`PORTS` of the host's loopback that the guest reaches: none, all, or a list like 80,8000-8010", []string{"none", "all"}},
 	{"isolate", "isolate", "`LIST` of what is isolated: net, which always is, mount, pid", []string{"net", "mount", "pid", "mount,pid"}},
 	{"log-level", "log_level", "least level that is logged, `debug|info|warn|error`", []string{"debug", "info", "warn", "error"}},
-	{"publish-bind", "publish_bind", "where published ports listen, `as-asked|loopback-default|loopback-only`",
+	{"publish-bind", "publish_bind", "`WHERE` published ports listen: as-asked, loopback-default, loopback-only",
 		[]string{config.BindAsAsked, config.BindLoopbackDefault, config.BindLoopbackOnly}},
 	{"source-ip", "source_ip", "which client address the guest sees behind a published port, `preserve|gateway`", sourceWords},
 }
@@ -48,7 +48,7 @@ func (f *engineFlags) add(cmd *cobra.Command) {
 		completeFlag(cmd, s.flag, s.words...)
 	}
 	cmd.Flags().StringArrayVarP(&f.publish, "publish", "p", nil,
-		"publish `SPEC`, [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp], or with auto what the guest listens on; may be repeated")
+		"`SPEC` to publish: [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp], or auto, what the guest listens on; may be repeated")
 	completeFlag(cmd, "publish", autoWord)
 }
 

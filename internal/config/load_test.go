@@ -210,3 +210,29 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// docs/configuration.md has every key with its default, and an example that loads.
+func TestDocument(t *testing.T) {
+	b, err := os.ReadFile(filepath.Join("..", "..", "docs", "configuration.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(b)
+	s := defaultSettings()
+	for _, k := range keys {
+		want := k.get(&s)
+		if !strings.Contains(text, "\n| `"+k.name+"` | `"+want+"` | ") && !strings.Contains(text, "\n| `"+k.name+"` | "+want+" | ") {
+			t.Errorf("no row for %s with its default %s", k.name, want)
+		}
+	}
+	for _, name := range append(slices.Clone(ownKeys), "environment") {
+		if !strings.Contains(text, "\n| `"+name+"` | ") {
+			t.Errorf("no row for %s", name)
+		}
+	}
+	_, rest, found := strings.Cut(text, "```toml\n")
+	example, _, closed := strings.Cut(rest, "```")
+	if _, err := Parse("configuration.md", []byte(example)); err != nil || !found || !closed {
+		t.Errorf("the example: %v", err)
+	}
+}
