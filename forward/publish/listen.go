@@ -43,8 +43,11 @@ func (s socket) serve(c Carrier, p *Port) (io.Closer, error) {
 // open listens for e, fills in e.port and hands the sockets to the Carrier. When it
 // fails nothing is left of it.
 func (b *Book) open(e *entry) (err error) {
-	if e.sockets, err = b.listenAll(e.asked.Proto, e.claims); err != nil {
+	if e.sockets, err = b.listenAll(e); err != nil {
 		return err
+	}
+	if len(e.sockets) == 0 {
+		b.cfg.Log.Info("published without a listener: the host has no such addresses", "port", e.asked, "owner", e.owner)
 	}
 	e.port = b.describe(e)
 	for _, s := range e.sockets {
@@ -74,19 +77,20 @@ func (b *Book) describe(e *entry) *Port {
 	p := &Port{
 		ID: b.lastID.Add(1), Owner: e.owner, Spec: e.asked, Since: time.Now(), asked: e.asked,
 		guest4: b.cfg.Guest4, guest6: b.cfg.Guest6,
-		Wildcard: !e.asked.Host.Addr().IsValid() || e.asked.Host.Addr().IsUnspecified(),
+		Wildcard: wildcard(e.asked),
 	}
 	for _, s := range e.sockets {
 		p.Listens = append(p.Listens, s.at)
 		p.dual = p.dual || s.dual
 	}
-	real := p.Listens[0].Port()
-	p.Spec.Source = e.source
-	p.Spec.Host = netip.AddrPortFrom(e.asked.Host.Addr(), real)
-	if p.Spec.Guest.Port() == 0 {
-		p.Spec.Guest = netip.AddrPortFrom(p.Spec.Guest.Addr(), real)
+	if len(p.Listens) > 0 {
+		p.Spec.Host = netip.AddrPortFrom(e.asked.Host.Addr(), p.Listens[0].Port())
 	}
-	p.Spec.Guest = p.GuestFor(p.Listens[0].Addr())
+	if p.Spec.Guest.Port() == 0 {
+		p.Spec.Guest = netip.AddrPortFrom(p.Spec.Guest.Addr(), p.Spec.Host.Port())
+	}
+	p.Spec.Guest = p.GuestFor(e.claims[0].Addr())
+	p.Spec.Source = e.source
 	return p
 }
 
@@ -99,27 +103,29 @@ type listenError struct {
 func (e *listenError) Error() string { return fmt.Sprintf("listen on %v: %v", e.at, e.err) }
 func (e *listenError) Unwrap() error { return e.err }
 
-// listenAll opens a socket for each of claims, all with one port.
-func (b *Book) listenAll(proto flow.Proto, claims []netip.AddrPort) ([]socket, error) {
+// listenAll opens the sockets of e, all with one port.
+func (b *Book) listenAll(e *entry) ([]socket, error) {
 	for try := 1; ; try++ {
-		socks, err := b.listenOnce(proto, claims)
-		if err == nil || claims[0].Port() != 0 || try == portTries || !errors.Is(err, errInUse) {
+		socks, err := b.listenOnce(e)
+		if err == nil || e.asked.Host.Port() != 0 || try == portTries || !errors.Is(err, errInUse) {
 			return socks, err
 		}
 	}
 }
 
-// listenOnce opens a socket for each of claims. The port that the host chooses for the
-// first is asked for again for the others. A host that lacks one of two families gets the other.
-func (b *Book) listenOnce(proto flow.Proto, claims []netip.AddrPort) (socks []socket, err error) {
-	if s, ok := b.inheritedDual(proto, claims); ok {
+// listenOnce opens a socket for each claim of e. The port that the host chooses for the
+// first is asked for again for the second. All addresses of a family that the host
+// lacks are none: then there is nothing to listen on, and that is no error. (dockerd
+// asks for [::] of its own accord, and would not start the container.)
+func (b *Book) listenOnce(e *entry) (socks []socket, err error) {
+	if s, ok := b.inheritedDual(e.asked.Proto, e.claims); ok {
 		return []socket{s}, nil
 	}
 	var lacks error
-	port := claims[0].Port()
-	for _, c := range claims {
-		s, err := b.listen(proto, netip.AddrPortFrom(c.Addr(), port))
-		if err != nil && len(claims) > 1 && lacksFamily(c.Addr(), err) {
+	port := e.asked.Host.Port()
+	for _, c := range e.claims {
+		s, err := b.listen(e.asked.Proto, netip.AddrPortFrom(c.Addr(), port))
+		if err != nil && wildcard(e.asked) && lacksFamily(c.Addr(), err) {
 			lacks = err
 			continue
 		}
@@ -132,14 +138,14 @@ func (b *Book) listenOnce(proto flow.Proto, claims []netip.AddrPort) (socks []so
 		socks = append(socks, s)
 		port = s.at.Port()
 	}
-	if len(socks) == 0 {
+	if len(socks) == 0 && (port == 0 || len(e.claims) > 1) {
 		return nil, lacks
 	}
 	return socks, nil
 }
 
-// lacksFamily reports whether err, for one of a pair of wildcard or loopback
-// addresses, says that the host does not do that family.
+// lacksFamily reports whether err, for a wildcard address or the loopback address
+// in its place, says that the host does not do that family.
 func lacksFamily(a netip.Addr, err error) bool {
 	return errors.Is(err, errNoFamily) || a.IsLoopback() && errors.Is(err, errNoAddress)
 }

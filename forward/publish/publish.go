@@ -58,7 +58,7 @@ type Config struct {
 // The values of Config.Bind.
 const (
 	BindAsAsked         = "as-asked"         // where the PortSpec says
-	BindLoopbackDefault = "loopback-default" // loopback, unless the PortSpec names one address
+	BindLoopbackDefault = "loopback-default" // loopback, unless the PortSpec names one address; 0.0.0.0 and [::] are not one
 	BindLoopbackOnly    = "loopback-only"    // as BindLoopbackDefault, and refuse all other addresses
 )
 
@@ -84,7 +84,8 @@ type Port struct {
 
 	Since time.Time
 
-	// Listens has the addresses that are listened on: one, or two for both families.
+	// Listens has the addresses that are listened on: one, or two for both families. It
+	// is empty for the wildcard address of a family that the host does not do.
 	Listens []netip.AddrPort
 
 	// Wildcard tells that no specific host address was asked for, also where the

@@ -70,8 +70,7 @@ func (r rules) claims(asked flow.PortSpec) ([]netip.AddrPort, error) {
 	if port != 0 && r.allowed != nil && !r.allowed(port) {
 		return nil, &PolicyError{asked, fmt.Sprintf("port %d is not in publish_ports", port), "add it to publish_ports in slipway.toml"}
 	}
-	wildcard := !host.IsValid() || host.IsUnspecified()
-	if !wildcard && r.bind != "" && r.bind != BindAsAsked && r.bind != BindLoopbackDefault && !host.IsLoopback() {
+	if !wildcard(asked) && r.bind != "" && r.bind != BindAsAsked && r.bind != BindLoopbackDefault && !host.IsLoopback() {
 		return nil, &PolicyError{asked, "publish_bind allows loopback addresses only", "ask for 127.0.0.1 or [::1], or set publish_bind in slipway.toml"}
 	}
 	v4, v6 := any4, any6
@@ -94,6 +93,12 @@ func (r rules) claims(asked flow.PortSpec) ([]netip.AddrPort, error) {
 		claims[i] = netip.AddrPortFrom(a, port)
 	}
 	return claims, nil
+}
+
+// wildcard reports whether a spec names no specific address of the host. 0.0.0.0 and [::]
+// do not: dockerd says them for `-p 80:80`, too.
+func wildcard(s flow.PortSpec) bool {
+	return !s.Host.Addr().IsValid() || s.Host.Addr().IsUnspecified()
 }
 
 // overlap reports whether sockets of one port cannot have both addresses.

@@ -1,3 +1,5 @@
+//go:build !linux
+
 package publish
 
 import (
@@ -8,15 +10,12 @@ import (
 	"github.com/slipway-net/slipway/internal/flow"
 )
 
-// inherited is a socket that a service manager passed on.
-type inherited struct {
-	file  *os.File
-	proto flow.Proto
-	at    netip.AddrPort
-}
+// inherited is a socket that a service manager passed on, which happens on Linux only.
+type inherited struct{ file *os.File }
 
-func inherit(files []*os.File, _ *slog.Logger) []inherited {
+func inherit(files []*os.File, log *slog.Logger) []inherited {
 	for _, f := range files {
+		log.Warn("a socket that was passed on is not used", "socket", f.Name())
 		f.Close()
 	}
 	return nil

@@ -1,0 +1,2 @@
+package publish
+func helper(string) {}
