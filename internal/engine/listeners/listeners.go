@@ -1,0 +1,262 @@
+// Package listeners finds what an engine listens on beyond its loopback, so that it can be
+// published.
+//
+// Theory of operation. Twice a second Watch reads the engine's sockets and tells the ports
+// that are served to Apply, all of them each time, when they have changed. A process that
+// listens does not announce it to anybody: sock_diag(7) has events for sockets that end,
+// none for those that begin, so one has to ask. It is asked for the listening ones only; the
+// files of /proc/PID/net would have the kernel look at every connection on the machine.
+//
+// What counts is a TCP socket that listens, or a UDP socket that is bound and not
+// connected, at the wildcard address or at the engine's own. Other addresses are left
+// alone: loopback, the addresses of bridges, whose servers are there for the containers
+// (a name server on each, for one), and the gateway's, where slipway's own sockets are.
+// UDP sockets at a port that the kernel chose are somebody's who asks, not who serves.
+//
+// A port appears when two readings in a row have it and goes when two have it not. A
+// reading is not a picture of one moment: a socket that ends meanwhile may hide its
+// neighbour. Servers that start again within the time keep their port.
+//
+// What could not be published is tried again, ever more rarely, as whoever has the port
+// on the host may give it up. Each reason is logged once while it stays the same.
+//
+// Limits: 4096 ports are published, those with the lowest numbers, and 65536 sockets
+// looked at.
+package listeners
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/slipway-net/slipway/internal/flow"
+)
+
+const (
+	// interval between two readings, of some 50 us each: a server that has just started
+	// can be reached within a second.
+	interval = 500 * time.Millisecond
+
+	// firstRetry and lastRetry bound the time until what failed is tried again. It
+	// doubles with each try.
+	firstRetry, lastRetry = 2 * time.Second, time.Minute
+
+	// maxPorts is what an engine can have published in this way.
+	maxPorts = 4096
+)
+
+// Socket is one that waits for clients.
+type Socket struct {
+	Proto flow.Proto
+	Local netip.AddrPort // as it is bound; ::ffff:0:0/96 is IPv4
+	Only6 bool           // it is of IPv6 and takes no IPv4
+}
+
+// Config says what to watch.
+type Config struct {
+	// Read calls found for every listening TCP socket of the engine's namespace, and
+	// every UDP socket that is bound and not connected: Diag.Read.
+	Read func(found func(Socket)) error
+	// Guest4 and Guest6 are the engine's own addresses. A family without one is not
+	// published.
+	Guest4, Guest6 netip.Addr
+	// LocalPorts are the first and the last port that the engine's kernel gives to
+	// sockets which ask for none.
+	LocalPorts [2]uint16
+
+	// Apply publishes exactly these ports, each by its number on the host, and returns
+	// the errors of those that could not be. Only Watch calls it, and not after its end.
+	Apply func([]flow.PortSpec) []error
+	// Held tells whether somebody else has published a port: it is left alone then
+	// without a word. A container's port is one, where the engine's proxy listens
+	// inside. It may be nil.
+	Held func(flow.Proto, uint16) bool
+
+	Log *slog.Logger
+}
+
+// Watch has the ports of an engine published until ctx ends, and none afterwards.
+func Watch(ctx context.Context, c Config) {
+	w := watcher{Config: c}
+	defer w.Apply(nil)
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	for {
+		w.turn()
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// port is what is published once.
+type port struct {
+	proto  flow.Proto
+	number uint16
+}
+
+// families is a set of them.
+type families uint8
+
+const (
+	inet4 families = 1 << iota
+	inet6
+)
+
+// ports are what listens.
+type ports map[port]families
+
+// watcher is a running Watch.
+type watcher struct {
+	Config
+
+	before    ports // of the last reading
+	published ports // of the last Apply
+	retry     time.Time
+	wait      time.Duration   // until retry, from the last Apply on
+	said      map[string]bool // reasons that are logged
+	unread    string          // why the last reading failed
+}
+
+// turn reads once.
+func (w *watcher) turn() {
+	now := make(ports)
+	if err := w.Read(func(s Socket) { w.note(now, s) }); err != nil {
+		if text := err.Error(); text != w.unread {
+			w.unread = text
+			w.Log.Warn("listeners cannot be read", slog.String("why", text))
+		}
+		return
+	}
+	w.unread = ""
+	next := w.settled(now)
+	w.before = now
+	if changed := !maps.Equal(next, w.published); changed || !w.retry.IsZero() && !time.Now().Before(w.retry) {
+		w.apply(next, changed)
+	}
+}
+
+// settled returns the ports that two readings agree on, and as they were where they do not.
+func (w *watcher) settled(now ports) ports {
+	next := make(ports, len(now))
+	for p, f := range now {
+		if f == w.before[p] {
+			next[p] = f
+		}
+	}
+	for p, f := range w.published {
+		if now[p] != w.before[p] {
+			next[p] = f
+		}
+	}
+	return next
+}
+
+// apply has the ports published, and sees to it that failures are tried again.
+func (w *watcher) apply(next ports, changed bool) {
+	specs, held := w.specs(next)
+	errs := slices.DeleteFunc(w.Apply(specs), func(err error) bool { return err == nil })
+	w.published = next
+	if n := len(next) - maxPorts; n > 0 {
+		errs = append(errs, fmt.Errorf("publish %d listeners: only %d are", len(next), maxPorts))
+	}
+	w.say(errs)
+	switch {
+	case len(errs) == 0 && !held:
+		w.retry, w.wait = time.Time{}, 0
+		return
+	case changed || w.wait == 0:
+		w.wait = firstRetry
+	default:
+		w.wait = min(2*w.wait, lastRetry)
+	}
+	w.retry = time.Now().Add(w.wait)
+}
+
+// specs returns what is to be published, in order, and whether somebody else has some of
+// the ports.
+func (w *watcher) specs(of ports) (specs []flow.PortSpec, held bool) {
+	order := slices.SortedFunc(maps.Keys(of), func(a, b port) int {
+		if a.number != b.number {
+			return int(a.number) - int(b.number)
+		}
+		return int(a.proto) - int(b.proto)
+	})
+	for _, p := range order {
+		if w.Held != nil && w.Held(p.proto, p.number) {
+			held = true
+			continue
+		}
+		if len(specs) == maxPorts {
+			break
+		}
+		specs = append(specs, flow.PortSpec{
+			Proto: p.proto,
+			Host:  netip.AddrPortFrom(of[p].wildcard(), p.number),
+			Guest: netip.AddrPortFrom(netip.Addr{}, p.number),
+		})
+	}
+	return specs, held
+}
+
+// wildcard is the address that stands for the families; the zero one for both.
+func (f families) wildcard() netip.Addr {
+	switch f {
+	case inet4:
+		return netip.IPv4Unspecified()
+	case inet6:
+		return netip.IPv6Unspecified()
+	}
+	return netip.Addr{}
+}
+
+// say logs what it has not logged the last time.
+func (w *watcher) say(errs []error) {
+	said := make(map[string]bool, len(errs))
+	for _, err := range errs {
+		text := err.Error()
+		if !w.said[text] && !said[text] {
+			w.Log.Warn("a listener is not published", slog.String("why", text))
+		}
+		said[text] = true
+	}
+	w.said = said
+}
+
+// note adds a socket to found if it counts.
+func (w *watcher) note(found ports, s Socket) {
+	n := s.Local.Port()
+	if s.Proto == flow.UDP && w.LocalPorts[0] <= n && n <= w.LocalPorts[1] {
+		return
+	}
+	if f := w.families(s); f != 0 {
+		found[port{s.Proto, n}] |= f
+	}
+}
+
+// families returns how a socket can be reached from outside.
+func (w *watcher) families(s Socket) (f families) {
+	switch a := s.Local.Addr().Unmap(); {
+	case !a.IsUnspecified() && a != w.Guest4 && a != w.Guest6:
+		return 0
+	case a.Is4():
+		f = inet4
+	case a.IsUnspecified() && !s.Only6:
+		f = inet4 | inet6
+	default:
+		f = inet6
+	}
+	if !w.Guest4.IsValid() {
+		f &^= inet4
+	}
+	if !w.Guest6.IsValid() {
+		f &^= inet6
+	}
+	return f
+}
