@@ -56,6 +56,10 @@ func TestMain(m *testing.M) {
 		os.Exit(initProcess())
 	case roleEcho:
 		os.Exit(echo())
+	case roleHammer:
+		os.Exit(hammer())
+	case roleLease:
+		os.Exit(lease())
 	}
 	// Under nohup HUP is ignored, and so it would be for what we start.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
