@@ -78,12 +78,14 @@ func TestFindings(t *testing.T) {
 			{"user namespaces", Fail, "user.max_user_namespaces is 0", "sudo sysctl -w user.max_user_namespaces=15000"},
 			{"tun offloads", Warn, "cannot tell: no device could be made", ""},
 			{"nf_tables", Warn, "cannot tell: no namespace could be made", ""},
+			{"kernel path", Warn, "cannot tell: no namespace could be made", ""},
 		}},
 		{name: "user_namespaces_used_up", breakIt: func(h *host, _ files) { h.trial = trial(trialReport{}, syscall.ENOSPC) },
 			want: []Finding{
 				{"user namespaces", Fail, "user.max_user_namespaces, 127000, is used up", "sudo sysctl -w user.max_user_namespaces=254000"},
 				{"tun offloads", Warn, "cannot tell: no device could be made", ""},
 				{"nf_tables", Warn, "cannot tell: no namespace could be made", ""},
+				{"kernel path", Warn, "cannot tell: no namespace could be made", ""},
 			}},
 		{name: "no_net_namespaces", breakIt: func(h *host, f files) {
 			f["/proc/sys/user/max_net_namespaces"] = "0\n"
@@ -92,6 +94,7 @@ func TestFindings(t *testing.T) {
 			{"user namespaces", Fail, "user.max_net_namespaces is 0", "sudo sysctl -w user.max_net_namespaces=15000"},
 			{"tun offloads", Warn, "cannot tell: no device could be made", ""},
 			{"nf_tables", Warn, "cannot tell: no namespace could be made", ""},
+			{"kernel path", Warn, "cannot tell: no namespace could be made", ""},
 		}},
 		{name: "debian_sysctl", breakIt: func(h *host, f files) {
 			f["/proc/sys/kernel/unprivileged_userns_clone"] = "0\n"
@@ -100,6 +103,7 @@ func TestFindings(t *testing.T) {
 			{"user namespaces", Fail, "kernel.unprivileged_userns_clone is 0", "sudo sysctl -w kernel.unprivileged_userns_clone=1"},
 			{"tun offloads", Warn, "cannot tell: no device could be made", ""},
 			{"nf_tables", Warn, "cannot tell: no namespace could be made", ""},
+			{"kernel path", Warn, "cannot tell: no namespace could be made", ""},
 		}},
 		{name: "apparmor", breakIt: func(h *host, f files) {
 			f["/proc/sys/kernel/apparmor_restrict_unprivileged_userns"] = "1\n"
@@ -118,12 +122,14 @@ func TestFindings(t *testing.T) {
 				{"user namespaces", Fail, "not permitted here (a container's seccomp profile, or a chroot)", ""},
 				{"tun offloads", Warn, "cannot tell: no device could be made", ""},
 				{"nf_tables", Warn, "cannot tell: no namespace could be made", ""},
+				{"kernel path", Warn, "cannot tell: no namespace could be made", ""},
 			}},
 		{name: "no_answer", breakIt: func(h *host, _ files) { h.trial = trial(trialReport{}, errNoAnswer) },
 			want: []Finding{
 				{"user namespaces", Warn, "cannot tell: the trial gave no answer", ""},
 				{"tun offloads", Warn, "cannot tell: no device could be made", ""},
 				{"nf_tables", Warn, "cannot tell: no namespace could be made", ""},
+				{"kernel path", Warn, "cannot tell: no namespace could be made", ""},
 			}},
 
 		{name: "no_newuidmap", breakIt: func(h *host, _ files) { h.lookPath = notFound("newuidmap") },
@@ -155,6 +161,34 @@ func TestFindings(t *testing.T) {
 			h.trial = trial(trialReport{Accepted: []string{"csum"}, NFT: "no such file or directory", NFTMissing: true}, nil)
 		}, want: []Finding{{"nf_tables", Warn, "the kernel has no nat chains (no such file or directory): all containers of an engine show as one address",
 			"sudo modprobe -a nf_tables nft_chain_nat nft_nat"}}},
+
+		{name: "no_tproxy", breakIt: func(h *host, _ files) {
+			h.trial = trial(trialReport{Accepted: []string{"csum"}, KernelLacks: []string{"tproxy", "fib"}}, nil)
+		}, want: []Finding{{"kernel path", Warn, "the kernel lacks tproxy, fib: TCP takes netstack, which is slower",
+			"sudo modprobe -a nft_tproxy nft_fib_ipv4 nft_fib_ipv6"}}},
+		{name: "no_ip_rule", breakIt: func(h *host, _ files) {
+			h.trial = trial(trialReport{Accepted: []string{"csum"}, KernelLacks: []string{"ip rule"}}, nil)
+		}, want: []Finding{{"kernel path", Warn, "the kernel lacks ip rule: TCP takes netstack, which is slower", ""}}},
+		{name: "kernel_path_denied", breakIt: func(h *host, _ files) {
+			h.trial = trial(trialReport{Accepted: []string{"csum"}, Kernel: "socket: operation not permitted", KernelLacks: []string{"fib"}}, nil)
+		}, want: []Finding{{"kernel path", Warn, "socket: operation not permitted: TCP takes netstack, which is slower", ""}}},
+
+		{name: "low_ports", breakIt: func(h *host, f files) {
+			h.bindLow = func() error { return syscall.EACCES }
+			f["/proc/sys/net/ipv4/ip_unprivileged_port_start"] = "80\n"
+		}, want: []Finding{{"privileged ports", Warn, "net.ipv4.ip_unprivileged_port_start is 80: lower ports cannot be published",
+			"sudo sysctl -w net.ipv4.ip_unprivileged_port_start=0"}}},
+		{name: "low_ports_without_the_file", breakIt: func(h *host, f files) { h.bindLow = func() error { return syscall.EACCES } },
+			want: []Finding{{"privileged ports", Warn, "net.ipv4.ip_unprivileged_port_start is 1024: lower ports cannot be published",
+				"sudo sysctl -w net.ipv4.ip_unprivileged_port_start=0"}}},
+		{name: "low_port_in_use", breakIt: func(h *host, _ files) { h.bindLow = func() error { return syscall.EADDRINUSE } },
+			ok: "privileged ports", want: []Finding{{"privileged ports", OK, "every port can be published", ""}}},
+		{name: "no_loopback", breakIt: func(h *host, _ files) { h.bindLow = func() error { return syscall.EADDRNOTAVAIL } },
+			want: []Finding{{"privileged ports", Warn, "cannot tell: cannot assign requested address", ""}}},
+		{name: "no_raw_sockets", breakIt: func(*host, files) {}, ok: "icmp errors",
+			want: []Finding{{"icmp errors", OK, "none without CAP_NET_RAW: clients of a closed UDP port get no answer", ""}}},
+		{name: "raw_sockets", breakIt: func(h *host, _ files) { h.rawPing = func() error { return nil } }, ok: "icmp errors",
+			want: []Finding{{"icmp errors", OK, "clients of a closed UDP port are refused, by raw sockets", ""}}},
 
 		{name: "no_ping", breakIt: func(_ *host, f files) { f["/proc/sys/net/ipv4/ping_group_range"] = "1\t0\n" },
 			want: []Finding{{"ping sockets", Warn, "net.ipv4.ping_group_range does not include our group 1000: ping and traceroute get no answer inside",

@@ -25,6 +25,7 @@ type host struct {
 	writable     func(dir string) error // nil if we may make files in it
 	openTUN      func() error
 	rawPing      func() error                    // nil if we may open a raw ICMP socket
+	bindLow      func() error                    // of taking a privileged port
 	openFiles    func() (hard uint64, err error) // RLIMIT_NOFILE
 	defaultRoute func(ctx context.Context) (v4, v6 bool, err error)
 	trial        func(ctx context.Context) (trialReport, error)
@@ -41,6 +42,9 @@ type trialReport struct {
 	NFT        string // error of loading a nat chain
 	NFTDenied  bool   // as TUNDenied
 	NFTMissing bool   // ... because the kernel lacks a part
+
+	KernelLacks []string // parts of the kernel path that the kernel does not have
+	Kernel      string   // another error with one of them
 }
 
 // errNoAnswer says that the trial's child ran and did not report.
@@ -59,7 +63,10 @@ func (h *host) check(ctx context.Context) []Finding {
 	return append(findings,
 		h.offloads(tried, err),
 		h.netfilter(tried, err),
+		h.kernelPath(tried, err),
 		h.ping(),
+		h.lowPorts(),
+		h.refusals(),
 		h.nsenter(),
 		route("default route IPv4", "IPv4", v4, routeErr),
 		route("default route IPv6", "IPv6", v6, routeErr),

@@ -35,6 +35,7 @@ func newHost(opt Options) *host {
 		writable:     func(dir string) error { return unix.Access(dir, unix.W_OK|unix.X_OK) },
 		openTUN:      func() error { return openAndClose("/dev/net/tun") },
 		rawPing:      rawPing,
+		bindLow:      bindLow,
 		openFiles:    openFiles,
 		defaultRoute: defaultRoute,
 	}
@@ -63,6 +64,17 @@ func rawPing() error {
 		return err
 	}
 	return unix.Close(fd)
+}
+
+// bindLow takes the lowest port of the loopback for a moment, and does not listen. Having
+// CAP_NET_BIND_SERVICE is not enough either.
+func bindLow() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.Bind(fd, &unix.SockaddrInet4{Port: 1, Addr: [4]byte{127, 0, 0, 1}})
 }
 
 // privileged tells whether a program is set-uid or has file capabilities

@@ -2,11 +2,15 @@ package doctor
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // missing is called when this machine lacks what a test needs.
@@ -35,7 +39,8 @@ func TestCheckHere(t *testing.T) {
 			}
 			t.Log(Format(f))
 		}
-		want := []string{"kernel", "tun", "capabilities", "tun offloads", "nf_tables", "ping sockets", "nsenter",
+		want := []string{"kernel", "tun", "capabilities", "tun offloads", "nf_tables", "kernel path", "ping sockets",
+			"privileged ports", "icmp errors", "nsenter",
 			"default route IPv4", "default route IPv6", "state directory", "open files", "resolv.conf"}
 		if rootless || os.Geteuid() != 0 {
 			want = slices.Replace(want, 2, 3, "user namespaces", "subordinate ids")
@@ -84,6 +89,9 @@ func TestTrial(t *testing.T) {
 		if r.NFT != "" {
 			missing(t, "nf_tables: "+r.NFT)
 		}
+		if r.Kernel != "" || len(r.KernelLacks) > 0 {
+			missing(t, fmt.Sprintf("the kernel path: %s, lacks %q", r.Kernel, r.KernelLacks))
+		}
 	}
 }
 
@@ -112,5 +120,37 @@ func TestPrivileged(t *testing.T) {
 	}
 	if !privileged(plain) {
 		t.Error("a set-uid file is not privileged")
+	}
+}
+
+// Every part has a trial, and what is not there is told from what fails.
+func TestKernelTrials(t *testing.T) {
+	for _, p := range kernelParts {
+		if kernelTrials[p.name] == nil {
+			t.Errorf("%s is not tried", p.name)
+		}
+	}
+	if len(kernelTrials) != len(kernelParts) {
+		t.Errorf("%d trials of %d parts", len(kernelTrials), len(kernelParts))
+	}
+	if !absent(unix.ENOENT) || absent(unix.EPERM) || absent(nil) {
+		t.Error("absent does not know what is absent")
+	}
+}
+
+// Whoever may not take a low port gets the error that the finding is about.
+func TestBindLow(t *testing.T) {
+	b, err := os.ReadFile("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = bindLow()
+	switch first := strings.TrimSpace(string(b)); {
+	case os.Geteuid() == 0, first == "0", first == "1":
+		if err != nil && !errors.Is(err, unix.EADDRINUSE) {
+			t.Error(err)
+		}
+	case !errors.Is(err, unix.EACCES):
+		t.Errorf("an ordinary user, ports from %s on: %v", first, err)
 	}
 }

@@ -51,6 +51,7 @@ func goodMachine() (*host, files) {
 		writable:     func(string) error { return nil },
 		openTUN:      func() error { return nil },
 		rawPing:      func() error { return os.ErrPermission },
+		bindLow:      func() error { return nil },
 		openFiles:    func() (uint64, error) { return 524288, nil },
 		defaultRoute: func(context.Context) (bool, bool, error) { return true, true, nil },
 		trial: func(context.Context) (trialReport, error) {

@@ -31,9 +31,9 @@ func Trial() {
 	r.Accepted, r.Refused = offloads.Accepted, offloads.Refused
 	if err := tryNAT(); err != nil {
 		r.NFT, r.NFTDenied = err.Error(), errors.Is(err, unix.EPERM)
-		r.NFTMissing = errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EOPNOTSUPP) ||
-			errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EAFNOSUPPORT)
+		r.NFTMissing = absent(err)
 	}
+	r.tryKernel()
 	if err := json.NewEncoder(os.Stdout).Encode(r); err != nil {
 		os.Exit(1)
 	}
