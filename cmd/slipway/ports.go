@@ -300,9 +300,9 @@ func removePorts(ctx context.Context, c *api.Client, engine string, targets []po
 	if err != nil {
 		return []error{err}
 	}
-	hint := "slipway ports ls " + engine
+	have, hint := indexPorts(ports), "slipway ports ls "+engine
 	for _, t := range targets {
-		id, ok := t.find(ports)
+		id, ok := have.find(t)
 		if !ok {
 			problems = append(problems, &daemon.Problem{Err: fmt.Errorf("withdraw %v on %s: not published", t, engine), Hint: hint})
 			continue
@@ -323,21 +323,43 @@ func (t portTarget) String() string {
 	return t.spec.String()
 }
 
-// find returns the ID of the published port that is meant.
-func (t portTarget) find(ports []api.Port) (uint64, bool) {
-	i := slices.IndexFunc(ports, func(p api.Port) bool {
-		if t.id != 0 {
-			return p.ID == t.id
+// portIndex finds published ports: there may be thousands.
+type portIndex struct {
+	ids    map[uint64]bool
+	byHost map[hostPort]publishedPort
+}
+
+// hostPort is what no two published ports have in common.
+type hostPort struct {
+	proto flow.Proto
+	host  netip.AddrPort
+}
+
+type publishedPort struct {
+	id    uint64
+	guest netip.AddrPort
+}
+
+func indexPorts(ports []api.Port) portIndex {
+	x := portIndex{make(map[uint64]bool, len(ports)), make(map[hostPort]publishedPort, len(ports))}
+	for _, p := range ports {
+		x.ids[p.ID] = true
+		if s, err := p.Spec.Flow(); err == nil {
+			guest := netip.AddrPortFrom(s.Guest.Addr(), cmp.Or(s.Guest.Port(), s.Host.Port()))
+			x.byHost[hostPort{s.Proto, s.Host}] = publishedPort{p.ID, guest}
 		}
-		s, err := p.Spec.Flow()
-		return err == nil && s.Proto == t.spec.Proto && s.Host == t.spec.Host &&
-			cmp.Or(s.Guest.Port(), s.Host.Port()) == t.spec.Guest.Port() &&
-			(!t.spec.Guest.Addr().IsValid() || s.Guest.Addr() == t.spec.Guest.Addr())
-	})
-	if i < 0 {
-		return 0, false
 	}
-	return ports[i].ID, true
+	return x
+}
+
+// find returns the ID of the published port that is meant.
+func (x portIndex) find(t portTarget) (uint64, bool) {
+	if t.id != 0 {
+		return t.id, x.ids[t.id]
+	}
+	p, ok := x.byHost[hostPort{t.spec.Proto, t.spec.Host}]
+	want := t.spec.Guest
+	return p.id, ok && p.guest.Port() == want.Port() && (!want.Addr().IsValid() || p.guest.Addr() == want.Addr())
 }
 
 // engineFirst takes the engine's name off the words of a command line. It is "" when

@@ -82,7 +82,8 @@ type Engine struct {
 
 	Name        string
 	Kind        string            // KindCommand or KindDockerd
-	Command     []string          // what `slipway up` runs; empty when the file has none. For dockerd options besides ours
+	Program     string            // for KindDockerd the dockerd, a path or a name to be found in PATH
+	Command     []string          // what `slipway up` runs; empty when the file has none. For KindDockerd options besides ours
 	Directory   string            // its working directory, absolute; empty keeps ours
 	Environment map[string]string // added to slipway's own
 }
@@ -179,10 +180,21 @@ func (c *Config) Engine(name string) (Engine, error) {
 			e.Kind = own.kind
 		}
 		e.Command = slices.Clone(own.command)
+		if e.Kind == KindDockerd {
+			e.Program, e.Command = splitDockerd(e.Command)
+		}
 		e.Directory = own.directory
 		e.Environment = maps.Clone(own.environment)
 	}
 	return e, nil
+}
+
+// splitDockerd takes a program, if there is one, off the options for it.
+func splitDockerd(words []string) (program string, options []string) {
+	if len(words) > 0 && !strings.HasPrefix(words[0], "-") {
+		return words[0], words[1:]
+	}
+	return KindDockerd, words
 }
 
 // Own returns what only the engine called name has and no key of Settings: kind,

@@ -95,8 +95,27 @@ func TestOwn(t *testing.T) {
 	}
 	want, _ := c.Engine("a")
 	got, _ := again.Engine("a")
-	if got.Kind != KindDockerd || got.Kind != want.Kind || !slices.Equal(got.Command, want.Command) {
+	if got.Kind != KindDockerd || got.Program != "dockerd" || got.Kind != want.Kind || !slices.Equal(got.Command, want.Command) {
 		t.Errorf("%q %q became %q %q", want.Kind, want.Command, got.Kind, got.Command)
+	}
+}
+
+// A dockerd's command may begin with a program.
+func TestDockerdCommand(t *testing.T) {
+	for _, tt := range []struct{ command, want string }{
+		{"", "dockerd []"},
+		{`command = ["--debug"]`, "dockerd [--debug]"},
+		{`command = ["/opt/bin/dockerd"]`, "/opt/bin/dockerd []"},
+		{`command = ["dockerd-28", "--debug", "x"]`, "dockerd-28 [--debug x]"},
+	} {
+		c, err := Parse("s.toml", []byte("[engine.a]\nkind = \"dockerd\"\n"+tt.command+"\n"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		e, err := c.Engine("a")
+		if got := fmt.Sprint(e.Program, " ", e.Command); err != nil || got != tt.want {
+			t.Errorf("%s: %s, %v; want %s", tt.command, got, err, tt.want)
+		}
 	}
 }
 
