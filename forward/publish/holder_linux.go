@@ -74,7 +74,7 @@ func (h *holders) find(proto flow.Proto, at netip.AddrPort) string {
 	defer h.mu.Unlock()
 	for _, age := range []time.Duration{holdersAge, holdersMiss} {
 		if h.last == nil || time.Since(h.last.at) > age {
-			h.last = h.scan()
+			h.last = h.scan(holdersBudget)
 		}
 		if row, ok := h.last.match(proto, at); ok {
 			if who := h.who(row); who != "" {
@@ -148,9 +148,10 @@ func (h *holders) path(elem ...string) string {
 
 func socketLink(inode uint64) string { return fmt.Sprintf("socket:[%d]", inode) }
 
-func (h *holders) scan() *holderScan {
+// scan looks at /proc, for a while.
+func (h *holders) scan(budget time.Duration) *holderScan {
 	s := &holderScan{at: time.Now(), rows: make(map[portKey][]socketRow), files: make(map[uint64]holderFile)}
-	deadline := s.at.Add(holdersBudget)
+	deadline := s.at.Add(budget)
 	wanted := make(map[string]uint64)
 	for _, proto := range []flow.Proto{flow.TCP, flow.UDP} {
 		for _, family := range []string{"", "6"} {

@@ -1,2 +1,0 @@
-package publish
-func helper(string) {}
