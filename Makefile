@@ -8,7 +8,7 @@ VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo 
 BIN         := bin/slipway
 TESTS       ?= ./...
 
-.PHONY: help run test test-long build lint bench install
+.PHONY: help run test test-long build lint bench man install
 .PHONY: $(BIN)
 
 help: ## print this list
@@ -39,10 +39,14 @@ lint: ## gofmt, vet for linux, windows and macOS, staticcheck
 bench: ## measure slipway beside its peers and write docs/benchmarks.md; root, about twenty minutes
 	@$(GO) run ./test/bench
 
-install: build ## copy the binary, systemd unit and shell completions below PREFIX (/usr/local), DESTDIR in front
+man: build ## write the manual pages below bin/man
+	@rm -rf bin/man && $(BIN) man bin/man
+
+install: build ## copy the binary, systemd unit, manual pages and shell completions below PREFIX (/usr/local), DESTDIR in front
 	install -D -m 0755 $(BIN) $(DESTDIR)$(PREFIX)/bin/slipway
 	install -D -m 0644 packaging/slipway@.service $(DESTDIR)$(PREFIX)/lib/systemd/system/slipway@.service
 	sed -i 's|/usr/local/bin/|$(PREFIX)/bin/|' $(DESTDIR)$(PREFIX)/lib/systemd/system/slipway@.service
+	$(BIN) man $(DESTDIR)$(PREFIX)/share/man/man1
 	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
 	$(BIN) completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/slipway
 	$(BIN) completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_slipway

@@ -45,7 +45,7 @@ func newRoot(code *int) *cobra.Command {
 		newRun(code), newUp(code), newAttach(code), newExec(code),
 		newLs(), newStatus(), newFlows(), newPorts(), newDocker(),
 		newProbe(), newDemo(code), newDoctor(),
-		newConfig(), newVersion(),
+		newConfig(), newVersion(), newMan(),
 	)
 	return root
 }
