@@ -43,7 +43,11 @@ func cachedPattern(n int) []byte {
 // transferServer serves the protocol of transfer: two 8-byte lengths, then that
 // much data each way at once, then the checksum of what it got.
 func transferServer(t testing.TB, ns *topo.NS, f family) string {
-	return serve(t, ns, at(f.world, 0), func(c *net.TCPConn) {
+	return transferServerAt(t, ns, at(f.world, 0))
+}
+
+func transferServerAt(t testing.TB, ns *topo.NS, address string) string {
+	return serve(t, ns, address, func(c *net.TCPConn) {
 		defer c.Close()
 		c.SetDeadline(time.Now().Add(60 * time.Second))
 		var head [16]byte
