@@ -23,6 +23,7 @@ type SpecError struct {
 	Why  string // one line
 }
 
+// Error is one line that begins with "publish HOST:PORT/PROTO: ".
 func (e *SpecError) Error() string { return fmt.Sprintf("publish %s: %s", name(e.Spec), e.Why) }
 
 // PolicyError reports that the configuration, or the system, does not allow a port.
@@ -32,6 +33,7 @@ type PolicyError struct {
 	hint string
 }
 
+// Error is one line that begins with "publish HOST:PORT/PROTO: ".
 func (e *PolicyError) Error() string { return fmt.Sprintf("publish %s: %s", name(e.Spec), e.Why) }
 
 // Hint is what the user can do, in one line.
@@ -44,6 +46,7 @@ type ConflictError struct {
 	hint   string
 }
 
+// Error is one line that begins with "publish HOST:PORT/PROTO: ".
 func (e *ConflictError) Error() string {
 	text := fmt.Sprintf("publish %s: port %d is taken", name(e.Spec), e.Spec.Host.Port())
 	if e.Holder != "" {
