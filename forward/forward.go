@@ -45,6 +45,7 @@ type Forwarder struct {
 	tcp    *share
 	wants  *rate.Limiter // of warnings that a dial failed for want of something
 	stats  tcpCounters
+	doors  Doors // or nil: nothing is published
 
 	mu     sync.Mutex // guards the fields below
 	closed bool
