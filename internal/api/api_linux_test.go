@@ -29,9 +29,20 @@ import (
 // prints the answer's status: it is started in namespaces and as users of its own.
 const dialSocket = "SLIPWAY_TEST_DIAL"
 
+// dialGuestSocket is the same for a guest.sock, where it publishes a port.
+const dialGuestSocket = "SLIPWAY_TEST_DIAL_GUEST"
+
 func TestMain(m *testing.M) {
 	if path := os.Getenv(dialSocket); path != "" {
 		_, err := NewClient("x", path).Status(context.Background())
+		fmt.Println(err)
+		os.Exit(0)
+	}
+	if path := os.Getenv(dialGuestSocket); path != "" {
+		c, err := DialGuest(path)
+		if err == nil {
+			_, err = c.Publish(flow.PortSpec{Proto: flow.TCP, Host: netip.MustParseAddrPort("0.0.0.0:80")})
+		}
 		fmt.Println(err)
 		os.Exit(0)
 	}
@@ -95,6 +106,20 @@ func (p *fakeProcess) Wait() (int, error) {
 // serve runs a Server until the test ends and returns its socket.
 func serve(t *testing.T, b Backend) string {
 	t.Helper()
+	return serveWith(t, b, func(*Server) {})
+}
+
+// serveWith is serve, after set has changed the Server.
+func serveWith(t *testing.T, b Backend, set func(*Server)) string {
+	t.Helper()
+	s := NewServer(b, nil)
+	set(s)
+	return listen(t, s.Serve)
+}
+
+// listen runs a server until the test ends and returns its socket.
+func listen(t *testing.T, server func(context.Context, *net.UnixListener) error) string {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "api") // t.TempDir may be longer than a socket's path
 	if err != nil {
 		t.Fatal(err)
@@ -107,7 +132,7 @@ func serve(t *testing.T, b Backend) string {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- NewServer(b, nil).Serve(ctx, ln) }()
+	go func() { done <- server(ctx, ln) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -178,6 +203,12 @@ func TestRequestsRefused(t *testing.T) {
 		{"fetch metadata", "GET", "/v1/flows", Host, [2]string{"Sec-Fetch-Site", "none"}, 403},
 		{"wrong method", "POST", "/v1/status", Host, [2]string{}, 405},
 		{"unknown path", "GET", "/v2/status", Host, [2]string{}, 404},
+		{"rootlesskit's", "GET", "/v1/ports", "rootlesskit", [2]string{}, 200},
+		{"rootlesskit's of a browser", "GET", "/v1/ports", "rootlesskit", [2]string{"Origin", "null"}, 403},
+		{"ports with an unknown method", "PUT", "/v1/ports", Host, [2]string{}, 405},
+		{"port without a number", "DELETE", "/v1/ports/web", Host, [2]string{}, 400},
+		{"port with a negative number", "DELETE", "/v1/ports/-1", Host, [2]string{}, 400},
+		{"port that is not there", "DELETE", "/v1/ports/7", Host, [2]string{}, 404},
 		{"limit of 0", "GET", "/v1/flows?limit=0", Host, [2]string{}, 400},
 		{"limit of words", "GET", "/v1/flows?limit=all", Host, [2]string{}, 400},
 		{"limit too high", "GET", "/v1/flows?limit=100001", Host, [2]string{}, 400},

@@ -46,7 +46,7 @@ import (
 // Limits of guest.sock, where any process of an engine may ask.
 const (
 	maxLeases    = 4096             // open at one time; dockerd has one for each port
-	leaseWrite   = 10 * time.Second // for a reader to take an answer
+	patience     = 10 * time.Second // with a client that does not read its answer
 	settleLimit  = time.Second      // for leases that are over to end
 	refusedEvery = 10 * time.Second // a log line for refused peers
 )
@@ -64,6 +64,8 @@ type GuestServer struct {
 	backend GuestBackend
 	log     *slog.Logger
 	refused rate.Sometimes
+
+	patience time.Duration // patience, except in tests
 
 	mu     sync.Mutex // guards the fields below
 	leases map[*lease]struct{}
@@ -85,8 +87,9 @@ func NewGuestServer(b GuestBackend, log *slog.Logger) *GuestServer {
 	}
 	return &GuestServer{
 		backend: b, log: log.With(slog.String("component", "guest.sock")),
-		refused: rate.Sometimes{First: 1, Interval: refusedEvery},
-		leases:  map[*lease]struct{}{},
+		refused:  rate.Sometimes{First: 1, Interval: refusedEvery},
+		patience: patience,
+		leases:   map[*lease]struct{}{},
 	}
 }
 
@@ -117,12 +120,12 @@ func (s *GuestServer) serve(ctx context.Context, c *net.UnixConn) {
 	pid, err := checkGuest(c, s.backend.NetNS())
 	if err != nil {
 		s.refused.Do(func() { s.log.Warn("connection refused", slog.Any("err", err)) })
-		answer(c, guestFailure(&Error{Message: err.Error(), Status: http.StatusForbidden}))
+		s.answer(c, guestFailure(&Error{Message: err.Error(), Status: http.StatusForbidden}))
 		return
 	}
 	l, err := s.begin(c, pid)
 	if err != nil {
-		answer(c, guestFailure(err))
+		s.answer(c, guestFailure(err))
 		return
 	}
 	defer s.end(l)
@@ -158,12 +161,12 @@ func (s *GuestServer) requests(ctx context.Context, l *lease) {
 	in.Buffer(make([]byte, 0, 512), maxSpec) // 4096 of them may stay open
 	in.Split(wholeLines)
 	for in.Scan() {
-		if !answer(l.conn, s.request(ctx, l, in.Bytes())) {
+		if !s.answer(l.conn, s.request(ctx, l, in.Bytes())) {
 			return
 		}
 	}
 	if errors.Is(in.Err(), bufio.ErrTooLong) {
-		answer(l.conn, guestFailure(invalid("read request: longer than %d bytes", maxSpec)))
+		s.answer(l.conn, guestFailure(invalid("read request: longer than %d bytes", maxSpec)))
 	}
 }
 
@@ -191,8 +194,8 @@ func guestFailure(err error) guestReply {
 
 // answer reports whether the peer may have got it. Who does not read is cut off: the
 // answers would pile up here.
-func answer(c *net.UnixConn, r guestReply) bool {
-	c.SetWriteDeadline(time.Now().Add(leaseWrite))
+func (s *GuestServer) answer(c *net.UnixConn, r guestReply) bool {
+	c.SetWriteDeadline(time.Now().Add(s.patience))
 	return json.NewEncoder(c).Encode(r) == nil
 }
 

@@ -33,11 +33,12 @@ func TestOpenAPI(t *testing.T) {
 	}
 	d := document{t, doc.Components.Schemas}
 	for name, v := range map[string]any{
-		"Status": Status{}, "FlowList": FlowList{}, "Flow": Flow{}, "Error": Error{}, "ExecRequest": ExecRequest{},
+		"Status": Status{}, "FlowList": FlowList{}, "Flow": Flow{}, "Error": errorBody{}, "ExecRequest": ExecRequest{},
+		"PortSpec": PortSpec{}, "Port": Port{}, "Info": Info{},
 	} {
 		d.compare(name, d.schemas[name], reflect.TypeOf(v))
 	}
-	for _, path := range []string{"/v1/status", "/v1/flows", "/v1/exec"} {
+	for _, path := range []string{"/v1/status", "/v1/flows", "/v1/exec", "/v1/info", "/v1/ports", "/v1/ports/{id}"} {
 		if doc.Paths[path] == nil {
 			t.Errorf("%s is not documented", path)
 		}
@@ -60,8 +61,10 @@ func (d document) resolve(s schema) schema {
 func (d document) compare(where string, s schema, typ reflect.Type) {
 	s = d.resolve(s)
 	known := map[string]bool{}
-	for i := range typ.NumField() {
-		f := typ.Field(i)
+	for _, f := range reflect.VisibleFields(typ) {
+		if f.Anonymous {
+			continue
+		}
 		name, options, _ := strings.Cut(f.Tag.Get("json"), ",")
 		if name == "-" {
 			continue
