@@ -61,22 +61,21 @@ func ParsePorts(s string) ([]PortSpec, error) {
 	return specs, nil
 }
 
+// errNotation is what anything of another shape gets.
+var errNotation = errors.New("must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]")
+
 func parsePorts(s string) ([]PortSpec, error) {
-	proto := TCP
-	rest, word, found := strings.Cut(s, "/")
-	switch {
-	case !found, word == "tcp":
-	case word == "udp":
-		proto = UDP
-	default:
-		return nil, fmt.Errorf("protocol %q is not tcp or udp", word)
+	rest, word, named := strings.Cut(s, "/")
+	proto, err := parseProto(word, named)
+	if err != nil {
+		return nil, err
 	}
 	words, err := splitColons(rest)
 	if err != nil {
 		return nil, err
 	}
 	var hostIP, guestIP netip.Addr
-	if _, first := parseHost(words[0]); first {
+	if isAddr(words[0]) {
 		if hostIP, err = parseAddr(words[0]); err != nil {
 			return nil, err
 		}
@@ -89,35 +88,31 @@ func parsePorts(s string) ([]PortSpec, error) {
 		words = []string{words[0], words[2]}
 	}
 	if len(words) != 2 {
-		return nil, errors.New("must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]")
+		return nil, errNotation
 	}
-	h, err := parseRange(words[0], 0)
+	host, guest, err := parseRanges(words[0], words[1])
 	if err != nil {
 		return nil, err
 	}
-	g, err := parseRange(words[1], 1)
-	if err != nil {
-		return nil, err
-	}
-	n := g[1] - g[0]
-	switch {
-	case h == [2]int{}: // any: one for each
-	case h[1]-h[0] != n:
-		return nil, fmt.Errorf("%s and %s are of different length", words[0], words[1])
-	}
-	specs := make([]PortSpec, 0, n+1)
-	for i := range n + 1 {
-		hp := h[0] + i
-		if h[1] == 0 {
-			hp = 0
-		}
-		specs = append(specs, PortSpec{
+	specs := make([]PortSpec, guest.n())
+	for i := range specs {
+		specs[i] = PortSpec{
 			Proto: proto,
-			Host:  netip.AddrPortFrom(hostIP, uint16(hp)),
-			Guest: netip.AddrPortFrom(guestIP, uint16(g[0]+i)),
-		})
+			Host:  netip.AddrPortFrom(hostIP, host.at(i)),
+			Guest: netip.AddrPortFrom(guestIP, guest.at(i)),
+		}
 	}
 	return specs, nil
+}
+
+func parseProto(word string, named bool) (Proto, error) {
+	switch {
+	case !named, word == "tcp":
+		return TCP, nil
+	case word == "udp":
+		return UDP, nil
+	}
+	return 0, fmt.Errorf("protocol %q is not tcp or udp", word)
 }
 
 // splitColons splits at the colons outside of brackets into two to four words.
@@ -142,14 +137,14 @@ func splitColons(s string) ([]string, error) {
 		return nil, errors.New("brackets do not match")
 	}
 	if len(words) < 2 || len(words) > 4 {
-		return nil, errors.New("must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]")
+		return nil, errNotation
 	}
 	return words, nil
 }
 
-// parseHost reports whether a word is meant as an address: it has something that no
+// isAddr reports whether a word is meant as an address: it has something that no
 // port has.
-func parseHost(s string) (string, bool) { return s, strings.ContainsAny(s, ".[]*") }
+func isAddr(s string) bool { return strings.ContainsAny(s, ".[]*") }
 
 // parseAddr takes 192.0.2.1 or [2001:db8::1]; "*" is every address.
 func parseAddr(s string) (netip.Addr, error) {
@@ -167,26 +162,60 @@ func parseAddr(s string) (netip.Addr, error) {
 	return a.Unmap(), nil
 }
 
+// portRange is a range of ports, both ends included; that of the zero portRange is any
+// number of zeros.
+type portRange struct{ first, last int }
+
+func (r portRange) n() int { return r.last - r.first + 1 }
+
+func (r portRange) at(i int) uint16 {
+	if r == (portRange{}) {
+		return 0
+	}
+	return uint16(r.first + i)
+}
+
+func parseRanges(hostPorts, guestPorts string) (host, guest portRange, err error) {
+	if host, err = parseRange(hostPorts, 0); err != nil {
+		return host, guest, err
+	}
+	if guest, err = parseRange(guestPorts, 1); err != nil {
+		return host, guest, err
+	}
+	if host != (portRange{}) && host.n() != guest.n() {
+		err = fmt.Errorf("%s and %s are of different length", hostPorts, guestPorts)
+	}
+	return host, guest, err
+}
+
 // parseRange takes N or N-M.
-func parseRange(s string, least int) (r [2]int, err error) {
+func parseRange(s string, least int) (r portRange, err error) {
 	first, last, found := strings.Cut(s, "-")
 	if !found {
 		last = first
 	}
-	for i, w := range []string{first, last} {
-		n, err := strconv.ParseUint(w, 10, 16)
-		if err != nil || int(n) < least || strings.HasPrefix(w, "+") {
-			return r, fmt.Errorf("%q is not a port in %d..65535", w, least)
-		}
-		r[i] = int(n)
+	if r.first, err = parsePort(first, least); err != nil {
+		return r, err
 	}
-	if r[1] < r[0] || found && r[0] == 0 {
+	if r.last, err = parsePort(last, least); err != nil {
+		return r, err
+	}
+	if r.last < r.first || found && r.first == 0 {
 		return r, fmt.Errorf("%q is no range of ports", s)
 	}
 	return r, nil
 }
 
-// String returns s in the notation of ParsePorts.
+func parsePort(s string, least int) (int, error) {
+	n, err := strconv.ParseUint(s, 10, 16)
+	if err != nil || int(n) < least {
+		return 0, fmt.Errorf("%q is not a port in %d..65535", s, least)
+	}
+	return int(n), nil
+}
+
+// String returns s in the notation of ParsePorts, which has no place for Behind, Source
+// and ProxyProtocol.
 func (s PortSpec) String() string {
 	var b strings.Builder
 	if s.Host.Addr().IsValid() {
