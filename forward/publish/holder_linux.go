@@ -67,8 +67,8 @@ type holderFile struct {
 	fd  string
 }
 
-// find names who keeps a socket from being bound to at: "nginx (pid 812)"; "" if
-// nobody is found.
+// find names who keeps a socket from being bound to at: "nginx (pid 812)", or "a
+// connection of nginx (pid 812)" whose own port that is; "" if nobody is found.
 func (h *holders) find(proto flow.Proto, at netip.AddrPort) string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -77,8 +77,10 @@ func (h *holders) find(proto flow.Proto, at netip.AddrPort) string {
 			h.last = h.scan(holdersBudget)
 		}
 		if row, ok := h.last.match(proto, at); ok {
-			if who := h.who(row); who != "" {
+			if who := h.who(row); who != "" && row.listen {
 				return who
+			} else if who != "" {
+				return "a connection of " + who
 			}
 		}
 	}

@@ -37,10 +37,11 @@ func TestConflictWithProcess(t *testing.T) {
 	b, _ := newBook(t, Config{})
 	for said.Scan() && said.Text() != "" {
 		ask, where, _ := strings.Cut(said.Text(), " ")
+		where, how, _ := strings.Cut(where, " ")
 		_, err := b.Add("me", spec(t, ask))
 		at := netip.MustParseAddrPort(where)
 		proto := spec(t, ask).Proto
-		want := fmt.Sprintf("publish %v/%v: port %d is taken by %s (pid %d)", at, proto, at.Port(), comm(t, cmd.Process.Pid), cmd.Process.Pid)
+		want := fmt.Sprintf("publish %v/%v: port %d is taken by %s%s (pid %d)", at, proto, at.Port(), how, comm(t, cmd.Process.Pid), cmd.Process.Pid)
 		var conflict *ConflictError
 		if !errors.As(err, &conflict) || err.Error() != want || hint(err) == "" {
 			t.Errorf("%s: %v\n want %s", ask, err, want)
@@ -78,7 +79,7 @@ func listenForParent() {
 	c, err := net.Dial("tcp4", tcp.Addr().String()) // a connection has a port, too
 	die(err)
 	port = c.LocalAddr().(*net.TCPAddr).AddrPort().Port()
-	fmt.Printf("0.0.0.0:%d:80 0.0.0.0:%d\n\n", port, port)
+	fmt.Printf("0.0.0.0:%d:80 0.0.0.0:%d a connection of \n\n", port, port)
 	io.Copy(io.Discard, os.Stdin)
 }
 
@@ -140,6 +141,7 @@ func TestHolder(t *testing.T) {
 		row(socketRow{local: netip.MustParseAddrPort("127.0.0.1:83")}, "06")+ // TIME_WAIT: nobody's
 		listener("127.0.0.1:84", 0, 5)+
 		listener("127.0.0.1:85", 0, 6)+
+		row(socketRow{local: netip.MustParseAddrPort("10.0.0.1:40000"), uid: 33, inode: 10}, "01")+
 		"garbage\n", "thread-self", "net", "tcp")
 	p.write(header+listener("[::]:86", 0, 7)+listener("[::1]:87", 0, 8), "thread-self", "net", "tcp6")
 	p.write(header+row(socketRow{local: netip.MustParseAddrPort("0.0.0.0:80"), inode: 9}, udpUnconn), "thread-self", "net", "udp")
@@ -166,6 +168,7 @@ func TestHolder(t *testing.T) {
 		{flow.TCP, "127.0.0.1:84", "evil?[2J?name (pid 9)"},
 		{flow.TCP, "127.0.0.1:86", "dual (pid 13)"},
 		{flow.TCP, "[::1]:86", "dual (pid 13)"},
+		{flow.TCP, "0.0.0.0:40000", "a connection of a process of uid 33"},
 		{flow.TCP, "127.0.0.1:87", ""},
 		{flow.UDP, "127.0.0.1:80", "named (pid 14)"},
 		{flow.UDP, "127.0.0.1:81", ""},

@@ -134,7 +134,7 @@ type Book struct {
 	holders   holders
 	lastID    atomic.Uint64
 
-	reconcile sync.Mutex // held by Reconcile, so that two lists of one owner do not mix
+	reconciling sync.Map // by owner, a *sync.Mutex that Reconcile holds: two lists of one owner do not mix
 
 	mu     sync.Mutex // guards the fields below, and those of every entry that say so
 	rules  rules
@@ -441,10 +441,12 @@ func (b *Book) of(owner string) []*entry {
 
 // Reconcile makes the owner have exactly these ports. Those it has already are
 // not touched; the others are withdrawn before what is missing is published. It returns
-// an error for each spec that could not be: those of the others stand.
+// an error for each spec that could not be: the others stand. What is kept for
+// an owner who reconciles is never forgotten, so they should be few.
 func (b *Book) Reconcile(owner string, specs []flow.PortSpec) []error {
-	b.reconcile.Lock()
-	defer b.reconcile.Unlock()
+	one, _ := b.reconciling.LoadOrStore(owner, new(sync.Mutex))
+	one.(*sync.Mutex).Lock()
+	defer one.(*sync.Mutex).Unlock()
 	var errs []error
 	want := make(map[portKey][]flow.PortSpec)
 	var order []flow.PortSpec
