@@ -26,6 +26,7 @@ package listeners
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -69,7 +70,8 @@ type Config struct {
 	LocalPorts [2]uint16
 
 	// Apply publishes exactly these ports, each by its number on the host, and returns
-	// the errors of those that could not be. Only Watch calls it, and not after its end.
+	// the errors of those that could not be, with a method Hint if there is something
+	// to be done. Only Watch calls it, and not after its end.
 	Apply func([]flow.PortSpec) []error
 	// Held tells whether somebody else has published a port: it is left alone then
 	// without a word. A container's port is one, where the engine's proxy listens
@@ -222,7 +224,11 @@ func (w *watcher) say(errs []error) {
 	for _, err := range errs {
 		text := err.Error()
 		if !w.said[text] && !said[text] {
-			w.Log.Warn("a listener is not published", slog.String("why", text))
+			attrs := []any{slog.String("why", text)}
+			if h := interface{ Hint() string }(nil); errors.As(err, &h) && h.Hint() != "" {
+				attrs = append(attrs, slog.String("hint", h.Hint()))
+			}
+			w.Log.Warn("a listener is not published", attrs...)
 		}
 		said[text] = true
 	}

@@ -245,6 +245,25 @@ func TestTriedAgain(t *testing.T) {
 	})
 }
 
+// lowPort is an error with a remedy.
+type lowPort struct{}
+
+func (lowPort) Error() string { return "port 80 is privileged" }
+func (lowPort) Hint() string  { return "sysctl it" }
+
+func TestRemedyIsSaid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := engine{refuse: map[uint16]error{80: fmt.Errorf("publish: %w", lowPort{})}}
+		e.set("tcp 0.0.0.0:80")
+		stop := e.watch(t, nil)
+		pass(1)
+		stop()
+		if !strings.Contains(e.log.String(), `why="publish: port 80 is privileged" hint="sysctl it"`) {
+			t.Errorf("said:\n%s", &e.log)
+		}
+	})
+}
+
 // A port that somebody else has published is no failure.
 func TestHeldByOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
