@@ -61,7 +61,13 @@ func (a *attachable) remove() error {
 // attach starts `slipway attach` and waits until it answers.
 func (a *attachable) attach(t testing.TB, flags ...string) *engine {
 	t.Helper()
-	e := &engine{name: newName(), net: a.net, guest: a.NS, done: make(chan struct{})}
+	return a.attachAs(t, newName(), flags...)
+}
+
+// attachAs does so with a name, which may have been used before.
+func (a *attachable) attachAs(t testing.TB, name string, flags ...string) *engine {
+	t.Helper()
+	e := &engine{name: name, net: a.net, guest: a.NS, done: make(chan struct{})}
 	e.cmd = e.slipway(append([]string{"attach", "--name", e.name, "--netns", a.path}, flags...)...)
 	stdin, out := e.begin(t)
 	e.stdin = stdin

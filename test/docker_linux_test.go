@@ -1,6 +1,7 @@
 package test
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -182,6 +183,7 @@ func startRegistry(t *testing.T, n *topo.Topology) {
 type docker struct {
 	engine *engine
 	dir    string
+	sock   string // of dockerd; dir/sock if empty
 	client string
 	path   string // of its traffic
 	before string // a script that runs in the namespace before dockerd
@@ -281,8 +283,13 @@ func (d *docker) stop(t *testing.T) {
 // command is the docker client for this engine.
 func (d *docker) command(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, d.client, args...)
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + d.dir, "DOCKER_HOST=unix://" + d.dir + "/sock", "DOCKER_BUILDKIT=0"}
+	cmd.Env = d.environment()
 	return cmd
+}
+
+// environment is for docker's clients.
+func (d *docker) environment() []string {
+	return []string{"PATH=" + os.Getenv("PATH"), "HOME=" + d.dir, "DOCKER_HOST=unix://" + cmp.Or(d.sock, d.dir+"/sock"), "DOCKER_BUILDKIT=0"}
 }
 
 func (d *docker) run(ctx context.Context, args ...string) error { return d.command(ctx, args...).Run() }

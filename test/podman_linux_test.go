@@ -2,6 +2,7 @@ package test
 
 import (
 	"archive/tar"
+	"cmp"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -23,6 +24,7 @@ import (
 type podman struct {
 	engine *engine
 	dir    string
+	events string // where it keeps its events; nowhere if empty
 }
 
 const podmanImage = "localhost/busybox:1"
@@ -85,7 +87,7 @@ func removePodmanCgroups() {
 // command is a podman command line.
 func (p *podman) command(args ...string) []string {
 	return slices.Concat([]string{"podman", "--root", p.dir + "/root", "--runroot", p.dir + "/run", "--tmpdir", p.dir + "/tmp",
-		"--cgroup-manager", "cgroupfs", "--events-backend", "none", "--network-config-dir", p.dir + "/networks"}, args)
+		"--cgroup-manager", "cgroupfs", "--events-backend", cmp.Or(p.events, "none"), "--network-config-dir", p.dir + "/networks"}, args)
 }
 
 // must runs podman in the engine and returns what it printed.
@@ -101,11 +103,17 @@ func (p *podman) must(t testing.TB, args ...string) string {
 // makeImage makes an image of Debian's static busybox.
 func (p *podman) makeImage(t testing.TB) {
 	t.Helper()
+	p.must(t, "import", busyboxImage(t, p.dir), podmanImage)
+}
+
+// busyboxImage writes the files of an image with Debian's static busybox, for import.
+func busyboxImage(t testing.TB, dir string) (file string) {
+	t.Helper()
 	busybox, err := os.ReadFile(lookPath(t, "busybox"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	f, err := os.Create(p.dir + "/image.tar")
+	f, err := os.Create(dir + "/image.tar")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -119,7 +127,7 @@ func (p *podman) makeImage(t testing.TB) {
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	p.must(t, "import", p.dir+"/image.tar", podmanImage)
+	return f.Name()
 }
 
 // seesTheWorld fetches pages from a container on a network.
