@@ -49,13 +49,14 @@ table %[1]s want {
 	}
 	chain raw {
 		type filter hook prerouting priority raw
-		iifname "slipway0" tcp flags & (fin | syn | rst | ack) == syn fib daddr type != local notrack
+		iifname "slipway0" tcp flags & (fin | syn | rst | ack) == syn fib daddr type != local fib saddr oifname != "slipway0" notrack
 	}
 	chain prerouting {
 		type filter hook prerouting priority -90
 		meta mark and 0x1000 == 0x1000 meta mark set meta mark and 0xffffefff
-		iifname "slipway0" tcp flags & (fin | syn | rst | ack) == syn fib daddr type != local tproxy to %[2]s meta mark set meta mark or 0x1000 accept
+		iifname "slipway0" tcp flags & (fin | syn | rst | ack) == syn fib daddr type != local fib saddr oifname != "slipway0" tproxy to %[2]s meta mark set meta mark or 0x1000 accept
 		iifname "slipway0" tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 ct label set 124
+		tcp flags & (fin | syn | rst | ack) != syn ct direction reply ct label 125 meta mark set meta mark or 0x1000 accept
 		tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 meta mark set meta mark or 0x1000
 	}
 	chain output {
@@ -63,6 +64,8 @@ table %[1]s want {
 		meta mark and 0x1000 == 0x1000 meta mark set meta mark and 0xffffefff
 		tcp flags & (fin | syn | rst | ack) != syn ct direction original ct label 124 meta mark set meta mark or 0x1000 accept
 		oif lo tcp flags & (syn | ack) == syn | ack fib saddr type != local ct label set 124
+		%[1]s saddr %[3]s tcp flags & (fin | syn | rst | ack) == syn ct label set 125
+		tcp flags & (fin | syn | rst | ack) != syn ct direction reply ct label 125 meta mark set meta mark or 0x1000 accept
 	}
 }
 `
@@ -77,7 +80,8 @@ func testKernelRules(t *testing.T) {
 			t.Errorf("%s\n%s", first, owner)
 		}
 		// Each version of nft has its own way to show rules.
-		rules := fmt.Sprintf(wantRules, family, localAddr(t, listener))
+		at := localAddr(t, listener)
+		rules := fmt.Sprintf(wantRules, family, at, at.Addr())
 		want := g.sh(t, "nft -f - <<'EOF'\n"+rules+"EOF\nnft list table "+family+" want; nft delete table "+family+" want")
 		_, want, _ = strings.Cut(want, "\n")
 		if got := strings.TrimLeft(got, "\n"); got != want {

@@ -14,14 +14,18 @@ import (
 //	table ip slipway {
 //		chain raw {
 //			type filter hook prerouting priority raw
-//			iifname TUN tcp flags & (fin | syn | rst | ack) == syn fib daddr type != local notrack
+//			iifname TUN tcp flags & (fin | syn | rst | ack) == syn \
+//				fib daddr type != local fib saddr oifname != TUN notrack
 //		}
 //		chain prerouting {
 //			type filter hook prerouting priority -90
 //			meta mark & 0x1000 == 0x1000 meta mark set meta mark & 0xffffefff
-//			iifname TUN tcp flags & (fin | syn | rst | ack) == syn fib daddr type != local \
+//			iifname TUN tcp flags & (fin | syn | rst | ack) == syn \
+//				fib daddr type != local fib saddr oifname != TUN \
 //				tproxy to GATEWAY:PORT meta mark set meta mark | 0x1000 accept
 //			iifname TUN tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 ct label set 124
+//			tcp flags & (fin | syn | rst | ack) != syn ct direction reply ct label 125 \
+//				meta mark set meta mark | 0x1000 accept
 //			tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 meta mark set meta mark | 0x1000
 //		}
 //		chain output {
@@ -30,6 +34,9 @@ import (
 //			tcp flags & (fin | syn | rst | ack) != syn ct direction original ct label 124 \
 //				meta mark set meta mark | 0x1000 accept
 //			oif lo tcp flags & (syn | ack) == syn | ack fib saddr type != local ct label set 124
+//			saddr GATEWAY tcp flags & (fin | syn | rst | ack) == syn ct label set 125
+//			tcp flags & (fin | syn | rst | ack) != syn ct direction reply ct label 125 \
+//				meta mark set meta mark | 0x1000 accept
 //		}
 //		chain identity {
 //			type nat hook postrouting priority 90
@@ -53,6 +60,15 @@ import (
 // whole (CONNMARK --save-mark and --set-mark do so), and the connection would be lost;
 // labels are only ever added. Kernels without labels get the bit in the mark.
 //
+// A SYN that comes in by the TUN from somebody whose packets would leave by it is no
+// guest's: it is the client of a published port, and goes where it wants to.
+//
+// The other direction, a connection that the daemon makes to a published port with a
+// transparent socket of the namespace, begins with a SYN from the gateway's address in
+// OUTPUT, the one place where no packet of the wire is. It gets a label of its own. The
+// answers of a process here leave by OUTPUT and of a container by PREROUTING; their
+// socket is not found there where the guest's DNAT has led the connection elsewhere.
+//
 // The chains come after connection tracking and DNAT (priorities -200 and -100), so that
 // they see the addresses that the guest's rules chose.
 //
@@ -75,38 +91,55 @@ const (
 // the kernel path there.
 const KernelMark = 0x1000
 
-// kernelLabel is the label 124 of 128 as the kernel has it (struct nf_conn_labels).
-var kernelLabel = func() []byte {
-	const label = 124
-	words := [2]uint64{}
-	words[label/64] = 1 << (label % 64)
-	return binary.NativeEndian.AppendUint64(binary.NativeEndian.AppendUint64(nil, words[0]), words[1])
-}()
+// inboundMark is the bit of connection marks that stands for label 125 where there are
+// none. No packet ever has it.
+const inboundMark = 0x2000
+
+// The labels of connections, of 128: of those that the guest began, and of those to its
+// published ports.
+const (
+	labelOutbound = 124
+	labelInbound  = 125
+)
 
 // connTag is what tells a connection of the kernel path: how it is seen, and set.
 type connTag struct{ has, set []expr.Any }
 
-// labelTag and markTag are the two ways.
-func labelTag() connTag {
-	none := make([]byte, len(kernelLabel))
+// connTags are those of connections that the guest began, and of those to its ports.
+type connTags struct{ outbound, inbound connTag }
+
+// labelTags and markTags are the two ways.
+func labelTags() connTags { return connTags{labelTag(labelOutbound), labelTag(labelInbound)} }
+func markTags() connTags  { return connTags{markTag(KernelMark), markTag(inboundMark)} }
+
+func labelTag(n int) connTag {
+	label := labelBits(n)
+	none := make([]byte, len(label))
 	return connTag{
 		has: []expr.Any{
 			&expr.Ct{Key: expr.CtKeyLABELS, Register: 1},
-			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: uint32(len(none)), Mask: kernelLabel, Xor: none},
+			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: uint32(len(none)), Mask: label, Xor: none},
 			&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: none},
 		},
 		set: []expr.Any{
-			&expr.Immediate{Register: 1, Data: kernelLabel},
+			&expr.Immediate{Register: 1, Data: label},
 			&expr.Ct{Key: expr.CtKeyLABELS, Register: 1, SourceRegister: true},
 		},
 	}
 }
 
-func markTag() connTag {
+// labelBits is one label as the kernel has it (struct nf_conn_labels).
+func labelBits(n int) []byte {
+	words := [2]uint64{}
+	words[n/64] = 1 << (n % 64)
+	return binary.NativeEndian.AppendUint64(binary.NativeEndian.AppendUint64(nil, words[0]), words[1])
+}
+
+func markTag(bit uint32) connTag {
 	return connTag{
-		has: []expr.Any{&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, masked(KernelMark, 0), equal(host32(KernelMark))},
+		has: []expr.Any{&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, masked(bit, 0), equal(host32(bit))},
 		set: []expr.Any{
-			&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, withBit(),
+			&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, masked(^bit, bit),
 			&expr.Ct{Key: expr.CtKeyMARK, Register: 1, SourceRegister: true},
 		},
 	}
@@ -140,16 +173,18 @@ var (
 func (f nftFamily) identityChain(tun string) nftChain {
 	return nftChain{"identity", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, identityPriority, [][]expr.Any{
 		join(device(expr.MetaKeyOIFNAME, tun),
-			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: f.srcStart, Len: f.addrLen},
-			&expr.NAT{Type: expr.NATTypeSourceNAT, Family: uint32(f.family), RegAddrMin: 1},
+			f.source(), &expr.NAT{Type: expr.NATTypeSourceNAT, Family: uint32(f.family), RegAddrMin: 1},
 		),
 	}, ""}
 }
 
-// kernelChains steer TCP into the listener at the address listen, which is of the family.
-func (f nftFamily) kernelChains(tun string, listen netip.AddrPort, tag connTag) []nftChain {
+// kernelChains steer TCP into the listener at the address listen, which is of the family
+// and the gateway's.
+func (f nftFamily) kernelChains(tun string, listen netip.AddrPort, tags connTags) []nftChain {
 	const all = tcpFIN | tcpSYN | tcpRST | tcpACK
-	syn := join(device(expr.MetaKeyIIFNAME, tun), tcpFlags(all, expr.CmpOpEq, tcpSYN), elsewhere(expr.Fib{FlagDADDR: true}))
+	begins, goesOn := tcpFlags(all, expr.CmpOpEq, tcpSYN), tcpFlags(all, expr.CmpOpNeq, tcpSYN)
+	syn := join(device(expr.MetaKeyIIFNAME, tun), begins, elsewhere(expr.Fib{FlagDADDR: true}), notFrom(tun))
+	answers := join(goesOn, direction(1), tags.inbound.has, setMark(), accept())
 	return []nftChain{
 		{"raw", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, rawPriority, [][]expr.Any{
 			join(syn, &expr.Notrack{}),
@@ -159,23 +194,27 @@ func (f nftFamily) kernelChains(tun string, listen netip.AddrPort, tag connTag) 
 			join(syn, f.tproxy(listen), setMark(), accept()),
 			// The daemon gives back what came out although it should not: conntrack had
 			// forgotten the label.
-			join(device(expr.MetaKeyIIFNAME, tun), tcpFlags(all, expr.CmpOpNeq, tcpSYN),
-				&expr.Socket{Key: expr.SocketKeyTransparent, Register: 1}, equal([]byte{1}), tag.set),
-			join(tcpFlags(all, expr.CmpOpNeq, tcpSYN),
-				&expr.Socket{Key: expr.SocketKeyTransparent, Register: 1}, equal([]byte{1}), setMark()),
+			join(device(expr.MetaKeyIIFNAME, tun), goesOn, ofTransparent(), tags.outbound.set),
+			answers,
+			join(goesOn, ofTransparent(), setMark()),
 		}, ""},
 		{"output", nftables.ChainTypeRoute, nftables.ChainHookOutput, steerPriority, [][]expr.Any{
 			clearMark(),
 			// A SYN begins a new connection, even where conntrack takes it for the
 			// next one of an entry that a target's RST has closed.
-			join(tcpFlags(all, expr.CmpOpNeq, tcpSYN),
-				&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, equal([]byte{0}),
-				tag.has, setMark(), accept()),
+			join(goesOn, direction(0), tags.outbound.has, setMark(), accept()),
 			join(&expr.Meta{Key: expr.MetaKeyOIF, Register: 1}, equal(host32(loopback)),
 				tcpFlags(tcpSYN|tcpACK, expr.CmpOpEq, tcpSYN|tcpACK), elsewhere(expr.Fib{FlagSADDR: true}),
-				tag.set),
+				tags.outbound.set),
+			join(f.source(), equal(listen.Addr().AsSlice()), begins, tags.inbound.set),
+			answers,
 		}, ""},
 	}
+}
+
+// source puts the packet's source address into register 1.
+func (f nftFamily) source() *expr.Payload {
+	return &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: f.srcStart, Len: f.addrLen}
 }
 
 // tproxy hands a packet to the socket at the address listen.
@@ -203,9 +242,33 @@ func join(parts ...any) []expr.Any {
 
 // device matches the name of a device.
 func device(key expr.MetaKey, name string) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: key, Register: 1}, equal(deviceName(name))}
+}
+
+// deviceName is a name as the kernel has it.
+func deviceName(name string) []byte {
 	b := make([]byte, unix.IFNAMSIZ)
 	copy(b, name)
-	return []expr.Any{&expr.Meta{Key: key, Register: 1}, equal(b)}
+	return b
+}
+
+// notFrom matches unless packets to the source address would leave by the device.
+func notFrom(tun string) []expr.Any {
+	return []expr.Any{
+		&expr.Fib{Register: 1, FlagSADDR: true, ResultOIFNAME: true},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: deviceName(tun)},
+	}
+}
+
+// direction matches packets of one direction of their connection: 0 is the original, 1
+// the reply.
+func direction(d byte) []expr.Any {
+	return []expr.Any{&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, equal([]byte{d})}
+}
+
+// ofTransparent matches packets whose socket here is a transparent one.
+func ofTransparent() []expr.Any {
+	return []expr.Any{&expr.Socket{Key: expr.SocketKeyTransparent, Register: 1}, equal([]byte{1})}
 }
 
 func isTCP() []expr.Any {

@@ -84,8 +84,8 @@ func (g *guest) parts(f nftFamily, listen netip.AddrPort, r *Report, why *string
 	if listen.IsValid() {
 		tun := g.spec.TUN.Name
 		parts = append(parts, tablePart{
-			chains:  f.kernelChains(tun, listen, labelTag()),
-			instead: f.kernelChains(tun, listen, markTag()),
+			chains:  f.kernelChains(tun, listen, labelTags()),
+			instead: f.kernelChains(tun, listen, markTags()),
 			why:     why,
 		})
 	}

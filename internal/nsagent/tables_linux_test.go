@@ -212,7 +212,7 @@ func missingExpression(t *testing.T) {
 		kernel = ""
 		g.loadTable(nftIPv4, []tablePart{{
 			chains:  []nftChain{bad},
-			instead: nftIPv4.kernelChains("tun0", netip.MustParseAddrPort("192.0.2.1:1"), markTag()),
+			instead: nftIPv4.kernelChains("tun0", netip.MustParseAddrPort("192.0.2.1:1"), markTags()),
 			why:     &kernel,
 		}})
 		if has, err := nft.hasTable(nftables.TableFamilyIPv4, nftTable); kernel != "" || err != nil || !has {
