@@ -45,13 +45,13 @@ func missing(t *testing.T, why string) {
 
 // host is the daemon behind guest.sock: its ports listen nowhere.
 type host struct {
-	path   string
-	refuse func(flow.PortSpec) error
+	path string
 
-	mu    sync.Mutex // guards the fields below
-	last  uint64
-	ports map[uint64]flow.PortSpec
-	asked int
+	mu     sync.Mutex // guards the fields below
+	refuse func(flow.PortSpec) error
+	last   uint64
+	ports  map[uint64]flow.PortSpec
+	asked  int
 }
 
 func (h *host) Info() api.Info    { return api.NewInfo() }
@@ -77,6 +77,13 @@ func (h *host) RemovePort(id uint64) error {
 	defer h.mu.Unlock()
 	delete(h.ports, id)
 	return nil
+}
+
+// refuses has f decide from now on.
+func (h *host) refuses(f func(flow.PortSpec) error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.refuse = f
 }
 
 // published are the ports at this moment.
@@ -370,9 +377,9 @@ func TestKilled(t *testing.T) {
 // TestRefused: what dockerd's user gets to read.
 func TestRefused(t *testing.T) {
 	h := newHost(t)
-	h.refuse = func(s flow.PortSpec) error {
+	h.refuses(func(s flow.PortSpec) error {
 		return &api.Error{Message: "publish " + s.Host.String() + ": port is taken by nginx (pid 812)", Hint: "stop it", Status: http.StatusConflict}
-	}
+	})
 	listen := free(t, flow.TCP, loopback4)
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -489,13 +496,13 @@ func TestDaemonRestarts(t *testing.T) {
 		t.Errorf("the answer inside is %q", got)
 	}
 	taken := true
-	h.refuse = func(flow.PortSpec) error {
+	h.refuses(func(flow.PortSpec) error {
 		if taken {
 			taken = false
 			return &api.Error{Message: "port 8080 is taken", Status: http.StatusConflict}
 		}
 		return nil
-	}
+	})
 	defer h.run(t)()
 	eventually(t, "it is published again", func() bool { return len(h.published()) == 1 })
 	if code := p.end(t, os.Interrupt); code != 0 {
