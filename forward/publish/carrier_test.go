@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -169,20 +170,18 @@ func at(s flow.PortSpec, port uint16) flow.PortSpec {
 	return s
 }
 
-// freePort returns a port that nobody has in either family and protocol.
+// freePort returns a port that nobody has in either family and protocol, and that no
+// kernel gives away meanwhile: those for clients begin at 32768.
 func freePort(t *testing.T) uint16 {
 	t.Helper()
 	b := New(Config{Carrier: new(teller)})
 	defer b.Close()
 	for range 100 {
-		p, err := b.Add("probe", flow.PortSpec{Proto: flow.TCP})
-		if err != nil {
-			t.Fatal(err)
-		}
-		port := p.Spec.Host.Port()
-		_, err = b.Add("probe", flow.PortSpec{Proto: flow.UDP, Host: netip.AddrPortFrom(netip.Addr{}, port)})
-		if err == nil {
-			return port
+		host := netip.AddrPortFrom(netip.Addr{}, uint16(20_000+rand.IntN(12_000)))
+		_, err1 := b.Add("probe", flow.PortSpec{Proto: flow.TCP, Host: host})
+		_, err2 := b.Add("probe", flow.PortSpec{Proto: flow.UDP, Host: host})
+		if err1 == nil && err2 == nil {
+			return host.Port()
 		}
 	}
 	t.Fatal("no free port")

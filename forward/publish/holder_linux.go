@@ -29,8 +29,11 @@ import (
 
 const (
 	holdersAge    = time.Second            // how long a scan is good for
-	holdersMiss   = 100 * time.Millisecond // the same, for a port that is not in it
 	holdersBudget = 200 * time.Millisecond // how long a scan takes at most
+
+	// holdersMiss is how long a scan is good for a port that is not in it, in times of what
+	// it took: ports that nobody can be found for cost a fifth of a CPU at most.
+	holdersMiss = 4
 
 	// tableRows is how much is read of one table. Listeners come first in those of
 	// TCP; what follows are connections, which are in the way of a listener only
@@ -48,7 +51,8 @@ type holders struct {
 
 // holderScan is what one look at /proc has shown.
 type holderScan struct {
-	at    time.Time
+	at    time.Time // when it began
+	took  time.Duration
 	rows  map[portKey][]socketRow
 	files map[uint64]holderFile // by inode
 }
@@ -72,8 +76,8 @@ type holderFile struct {
 func (h *holders) find(proto flow.Proto, at netip.AddrPort) string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for _, age := range []time.Duration{holdersAge, holdersMiss} {
-		if h.last == nil || time.Since(h.last.at) > age {
+	for try := range 2 {
+		if h.last == nil || time.Since(h.last.at) > holdersAge || try > 0 && time.Since(h.last.at) > (1+holdersMiss)*h.last.took {
 			h.last = h.scan(holdersBudget)
 		}
 		if row, ok := h.last.match(proto, at); ok {
@@ -170,6 +174,7 @@ func (h *holders) scan(budget time.Duration) *holderScan {
 		}
 		h.files(pid, wanted, s.files)
 	}
+	s.took = time.Since(s.at)
 	return s
 }
 

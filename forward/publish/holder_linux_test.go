@@ -62,24 +62,30 @@ func comm(t *testing.T, pid int) string {
 }
 
 // listenForParent listens in several ways and says what cannot be published then,
-// and which address the error will be about.
+// which address the error will be about, and how the port is used.
 func listenForParent() {
 	tcp, err := net.Listen("tcp4", "127.0.0.1:0")
 	die(err)
-	port := tcp.Addr().(*net.TCPAddr).AddrPort().Port()
-	fmt.Printf("127.0.0.1:%d:80 127.0.0.1:%d\n%d:80 0.0.0.0:%d\n", port, port, port, port)
 	dual, err := net.Listen("tcp", ":0")
 	die(err)
-	port = dual.Addr().(*net.TCPAddr).AddrPort().Port()
-	fmt.Printf("[::1]:%d:80 [::1]:%d\n127.0.0.1:%d:80 127.0.0.1:%d\n", port, port, port, port)
 	udp, err := net.ListenPacket("udp6", "[::1]:0")
 	die(err)
-	port = udp.LocalAddr().(*net.UDPAddr).AddrPort().Port()
-	fmt.Printf("%d:53/udp [::]:%d\n", port, port)
-	c, err := net.Dial("tcp4", tcp.Addr().String()) // a connection has a port, too
+	conn, err := net.Dial("tcp4", tcp.Addr().String()) // a connection has a port, too
 	die(err)
-	port = c.LocalAddr().(*net.TCPAddr).AddrPort().Port()
-	fmt.Printf("0.0.0.0:%d:80 0.0.0.0:%d a connection of \n\n", port, port)
+	for _, say := range []struct {
+		at    net.Addr
+		lines string
+	}{
+		{tcp.Addr(), "127.0.0.1:PORT:80 127.0.0.1:PORT\nPORT:80 0.0.0.0:PORT"},
+		{dual.Addr(), "[::1]:PORT:80 [::1]:PORT\n127.0.0.1:PORT:80 127.0.0.1:PORT"},
+		{udp.LocalAddr(), "PORT:53/udp [::]:PORT"},
+		{conn.LocalAddr(), "0.0.0.0:PORT:80 0.0.0.0:PORT a connection of "},
+	} {
+		_, port, err := net.SplitHostPort(say.at.String())
+		die(err)
+		fmt.Println(strings.ReplaceAll(say.lines, "PORT", port))
+	}
+	fmt.Println()
 	io.Copy(io.Discard, os.Stdin)
 }
 
@@ -180,12 +186,13 @@ func TestHolder(t *testing.T) {
 	}
 
 	// What was seen is good for a second, unless it is not so any more, or something is new.
+	h.last.at, h.last.took = time.Now(), holdersAge
 	seen := h.last
 	p.process(15, "late", 6)
 	if got := h.find(flow.TCP, netip.MustParseAddrPort("127.0.0.1:85")); got != "a process of root" || h.last != seen {
 		t.Errorf("find = %q, scanned again: %v", got, h.last != seen)
 	}
-	h.last.at = time.Now().Add(-holdersMiss - time.Millisecond)
+	h.last.took = 0
 	p.process(9, "gone", 4711)
 	if got := h.find(flow.TCP, netip.MustParseAddrPort("127.0.0.1:84")); got != "a process of root" || h.last == seen {
 		t.Errorf("find = %q after the process has closed it, scanned again: %v", got, h.last != seen)
