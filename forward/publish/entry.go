@@ -1,0 +1,199 @@
+package publish
+
+// The life of an entry. reserve puts it into the Book, busy, so that nobody else gets its
+// addresses; open (in listen.go) works on it without the lock; settle makes it
+// rest, or takes it out. drop makes a resting one busy again, closes it and takes it out.
+// Whoever meets a busy entry waits for it and looks again: so there is one answer to
+// two who ask for one port at a time, and whoever withdraws what is just being opened
+// withdraws it.
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/slipway-net/slipway/internal/flow"
+)
+
+// portKey says which entries may be in each other's way.
+type portKey struct {
+	proto flow.Proto
+	port  uint16
+}
+
+// entry is a Port from its reservation until its sockets are closed.
+type entry struct {
+	owner  string
+	asked  flow.PortSpec    // normalized
+	source flow.Source      // effective
+	claims []netip.AddrPort // where it is to listen, with the port as asked
+
+	// busy is there while somebody opens or closes the entry, without the lock; it is
+	// closed in the end. Nobody else touches the fields below then. Guarded by Book.mu, as is gone.
+	busy chan struct{}
+	gone bool // closed, or never opened; nothing in the Book knows it any more
+
+	port    *Port
+	sockets []socket
+	closers []io.Closer
+}
+
+// reserve returns the entry that owner has for asked, or a new one that is busy.
+func (b *Book) reserve(owner string, asked flow.PortSpec) (e *entry, found bool, err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for {
+		if b.closed {
+			return nil, false, fmt.Errorf("publish %s: %w", name(asked), net.ErrClosed)
+		}
+		if e := b.ownLocked(owner, asked); e != nil {
+			if !b.waitLocked(e) {
+				return e, true, nil
+			}
+			continue
+		}
+		claims, err := b.rules.claims(asked)
+		if err != nil {
+			return nil, false, err
+		}
+		if e := b.conflictLocked(asked.Proto, claims); e != nil {
+			if !b.waitLocked(e) {
+				return nil, false, e.conflict(asked, claims)
+			}
+			continue
+		}
+		e, err := b.enterLocked(owner, asked, claims)
+		return e, false, err
+	}
+}
+
+// waitLocked waits while e is busy, without the lock, and reports whether it had to.
+func (b *Book) waitLocked(e *entry) bool {
+	busy := e.busy
+	if busy == nil {
+		return false
+	}
+	b.mu.Unlock()
+	<-busy
+	b.mu.Lock()
+	return true
+}
+
+// ownLocked returns the owner's entry that asked means.
+func (b *Book) ownLocked(owner string, asked flow.PortSpec) *entry {
+	if e := b.owners[owner][asked]; e != nil {
+		return e
+	}
+	for _, e := range b.taken[portKey{asked.Proto, asked.Host.Port()}] {
+		if e.owner == owner && e.busy == nil && e.means(asked) {
+			return e
+		}
+	}
+	return nil
+}
+
+// conflictLocked returns an entry that listens where claims are.
+func (b *Book) conflictLocked(proto flow.Proto, claims []netip.AddrPort) *entry {
+	port := claims[0].Port()
+	if port == 0 {
+		return nil
+	}
+	for _, e := range b.taken[portKey{proto, port}] {
+		for _, c := range e.claims {
+			if slices.ContainsFunc(claims, func(d netip.AddrPort) bool { return overlap(c.Addr(), d.Addr()) }) {
+				return e
+			}
+		}
+	}
+	return nil
+}
+
+// enterLocked makes a busy entry.
+func (b *Book) enterLocked(owner string, asked flow.PortSpec, claims []netip.AddrPort) (*entry, error) {
+	if b.ports >= b.maxPorts {
+		return nil, &limitError{asked, fmt.Sprintf("%d are published already", b.ports), ""}
+	}
+	if b.socks+len(claims) > b.maxSocks {
+		return nil, &limitError{asked, fmt.Sprintf("%d sockets are a quarter of the limit of descriptors", b.socks), hintFiles}
+	}
+	e := &entry{owner: owner, asked: asked, source: cmp.Or(asked.Source, b.rules.source), claims: claims, busy: make(chan struct{})}
+	if b.owners[owner] == nil {
+		b.owners[owner] = make(map[flow.PortSpec]*entry)
+	}
+	b.owners[owner][asked] = e
+	b.ports++
+	b.socks += len(claims)
+	if port := asked.Host.Port(); port != 0 {
+		b.takeLocked(e, port)
+	}
+	return e, nil
+}
+
+func (b *Book) takeLocked(e *entry, port uint16) {
+	k := portKey{e.asked.Proto, port}
+	b.taken[k] = append(b.taken[k], e)
+}
+
+// settle ends the opening of e.
+func (b *Book) settle(e *entry, ok bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !ok {
+		b.forgetLocked(e)
+	} else {
+		b.byID[e.port.ID] = e
+		if e.asked.Host.Port() == 0 {
+			b.takeLocked(e, e.port.Spec.Host.Port())
+		}
+	}
+	b.restLocked(e)
+}
+
+func (b *Book) restLocked(e *entry) {
+	close(e.busy)
+	e.busy = nil
+}
+
+// forgetLocked takes e out of everything.
+func (b *Book) forgetLocked(e *entry) {
+	e.gone = true
+	b.ports--
+	b.socks -= len(e.claims)
+	delete(b.owners[e.owner], e.asked)
+	if len(b.owners[e.owner]) == 0 {
+		delete(b.owners, e.owner)
+	}
+	port := e.asked.Host.Port()
+	if e.port != nil {
+		port = e.port.Spec.Host.Port()
+	}
+	k := portKey{e.asked.Proto, port}
+	b.taken[k] = slices.DeleteFunc(b.taken[k], func(o *entry) bool { return o == e })
+	if len(b.taken[k]) == 0 {
+		delete(b.taken, k)
+	}
+}
+
+// drop withdraws e once it is not busy, and reports whether it was there to withdraw.
+// The host port is free when it returns.
+func (b *Book) drop(e *entry) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for b.waitLocked(e) {
+	}
+	if e.gone {
+		return false
+	}
+	e.busy = make(chan struct{})
+	delete(b.byID, e.port.ID)
+	b.mu.Unlock()
+	e.close()
+	b.cfg.Log.Debug("withdrawn", "port", e.port.Spec, "owner", e.owner)
+	b.mu.Lock()
+	b.forgetLocked(e)
+	b.restLocked(e)
+	return true
+}
