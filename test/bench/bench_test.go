@@ -43,7 +43,7 @@ func TestHarness(t *testing.T) {
 	}
 	page := filepath.Join(t.TempDir(), "page.md")
 	cmd := exec.Command(os.Args[0], "-quick", "-repeat", "1", "-time", "100ms", "-drivers", "native,native-bridge,routed",
-		"-rows", "crr,crr6,rr,udp,start,idle,idle+active", "-out", page)
+		"-rows", "crr,crr6,rr,udp,start,idle,idle+active,pub-crr,pub-far-crr", "-out", page)
 	cmd.Env = append(os.Environ(), "SLIPBENCH_TEST=1")
 	out, err := cmd.CombinedOutput()
 	if err != nil {
@@ -53,8 +53,8 @@ func TestHarness(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Both tables with their heads; there are no goals without slipway.
-	const lines = (2 + 18) + (2 + 10)
+	// The three tables with their heads; there are no goals without slipway.
+	const lines = (2 + 18) + (2 + 10) + (2 + 4)
 	if strings.Contains(string(text), "not measured") || strings.Count(string(text), "\n| ") < lines {
 		t.Errorf("incomplete page:\n%s\n%s", text, out)
 	}
@@ -177,6 +177,47 @@ func TestProofRejects(t *testing.T) {
 	}
 }
 
+func TestPublishedProofRejects(t *testing.T) {
+	kernel, native := publishSlipway(pathKernel), publishNative()
+	const hostNS, bytes = 1, 1000
+	good := func() (row, guestReport, servedReport) {
+		return row{load: "bulk"}, guestReport{NetNS: hostNS, Congestion: congestion, Values: map[string]float64{"bytes": bytes}},
+			servedReport{NetNS: 2, Congestion: congestion, IPerfPeer: gatewayAddr.String(), Devices: map[string]device{slipwayDevice: {RxBytes: 90}}}
+	}
+	tests := []struct {
+		name   string
+		p      *publisher
+		change func(*row, *guestReport, *servedReport)
+		want   string // part of the error; "" for none
+	}{
+		{"nothing", kernel, func(*row, *guestReport, *servedReport) {}, ""},
+		{"other_congestion_control", kernel, func(_ *row, g *guestReport, _ *servedReport) { g.Congestion = "bbr" }, "bbr"},
+		{"server_in_host", kernel, func(_ *row, _ *guestReport, s *servedReport) { s.NetNS = hostNS }, "namespace"},
+		{"native_not_in_host", native, func(*row, *guestReport, *servedReport) {}, "namespace"},
+		{"load_elsewhere", kernel, func(_ *row, g *guestReport, _ *servedReport) { g.NetNS = 3 }, "host's namespace"},
+		{"other_source", kernel, func(_ *row, _ *guestReport, s *servedReport) { s.Peers = []string{"127.0.0.1"} }, "saw"},
+		{"nobody_seen", kernel, func(_ *row, _ *guestReport, s *servedReport) { s.IPerfPeer = "" }, "saw"},
+		{"kernel_fell_back", kernel, func(_ *row, _ *guestReport, s *servedReport) {
+			s.Devices[slipwayDevice] = device{RxBytes: bytes}
+		}, "kernel path"},
+		{"far_by_kernel", kernel, func(w *row, g *guestReport, s *servedReport) {
+			w.far, g.NetNS, s.IPerfPeer = true, 3, worldAddr.String()
+		}, "90 of 1000"},
+		{"no_device", kernel, func(_ *row, _ *guestReport, s *servedReport) { s.Devices = nil }, "no slipway0"},
+		{"silent_server", kernel, func(w *row, _ *guestReport, s *servedReport) { w.load = "crr" }, "0 of 1000"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			w, g, s := good()
+			tt.change(&w, &g, &s)
+			err := checkPublished(w, tt.p, hostNS, g, s)
+			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+				t.Errorf("checkPublished() = %v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
 func TestMedianAndQuantile(t *testing.T) {
 	for _, tt := range []struct {
 		v    []float64
@@ -230,6 +271,19 @@ func TestKernelRun(t *testing.T) {
 	for _, g := range append(kernelGoals("slipway-kernel"), kernelGoals("slipway-kernel-bridge")...) {
 		if !slices.Contains(opt.rows, g.row) || !slices.Contains(opt.drivers, g.driver) {
 			t.Errorf("goal %s of %s is not measured", g.row, g.driver)
+		}
+	}
+}
+
+// TestPublishedRun does the same for -publish.
+func TestPublishedRun(t *testing.T) {
+	opt, err := parse([]string{"-publish"})
+	if err != nil || opt.out != "" {
+		t.Fatalf("parse(-publish) = %+v, %v, want one that writes no page", opt, err)
+	}
+	for _, g := range publishedGoals() {
+		if !slices.Contains(opt.rows, g.row) || !slices.Contains(opt.drivers, g.driver) || !slices.Contains(opt.drivers, g.against) {
+			t.Errorf("goal %s of %s against %s is not measured", g.row, g.driver, g.against)
 		}
 	}
 }

@@ -27,6 +27,9 @@ type driver struct {
 	// join gives the guest its network in a fresh topology. It registers what must
 	// be undone with guest.undo before it can fail.
 	join func(ctx context.Context, t *topology, g *guest) error
+	// publish has the guest's ports published on host; nil where the driver has none
+	// of the rows of published ports.
+	publish *publisher
 	// start is the command of the start row, which must run true(1) in a fresh
 	// guest; nil when somebody else has to make the namespace first.
 	start func(dir string) *exec.Cmd
@@ -69,13 +72,13 @@ func drivers() []driver {
 	autoRows := []string{"start", "idle"}
 	sw := needBinary("slipway")
 	return []driver{
-		{name: "native", what: "guest and world joined by one veth, nothing between", join: joinNative, start: startNative},
+		{name: "native", what: "guest and world joined by one veth, nothing between", join: joinNative, publish: publishNative(), start: startNative},
 		{name: "native-bridge", what: "the same from a container on a bridge in the guest, with forwarding and MASQUERADE as dockerd sets them up", bridged: true, check: needProgram("nft"), join: joinNative},
 		{name: "routed", what: "guest - host - world by two veths, the host's kernel forwards", join: joinRouted},
 		{name: "slipway", what: "`slipway run`, as root: the path is its own choice", rows: autoRows, check: sw, join: wrapSlipway(nil, pathAny), start: startSlipway(nil)},
-		{name: "slipway-kernel", what: "`slipway run --path kernel`, as root; UDP takes netstack", check: sw, join: wrapSlipway(nil, pathKernel)},
+		{name: "slipway-kernel", what: "`slipway run --path kernel`, as root; UDP takes netstack", check: sw, join: wrapSlipway(nil, pathKernel), publish: publishSlipway(pathKernel)},
 		{name: "slipway-kernel-bridge", what: "the same from a container, as in native-bridge", bridged: true, check: needBinary("slipway", "nft"), join: wrapSlipway(nil, pathKernel)},
-		{name: "slipway-netstack", what: "`slipway run --path netstack`, as root", check: sw, join: wrapSlipway(nil, pathNetstack)},
+		{name: "slipway-netstack", what: "`slipway run --path netstack`, as root", check: sw, join: wrapSlipway(nil, pathNetstack), publish: publishSlipway(pathNetstack)},
 		{name: "slipway-netstack-bridge", what: "the same from a container, as in native-bridge", bridged: true, check: needBinary("slipway", "nft"), join: wrapSlipway(nil, pathNetstack)},
 		{name: "slipway-rootless", what: "`slipway run`, as an ordinary user", rows: startOnly, check: needBinary("slipway", "newuidmap"), join: wrapSlipway(user(), pathAny), start: startSlipway(user())},
 		{name: "slirp4netns", what: "MTU 1500, no host loopback", peer: true, check: needProgram("slirp4netns"), join: joinSlirp},
@@ -83,6 +86,7 @@ func drivers() []driver {
 		{name: "pasta-65520", what: "pasta at its own MTU", peer: true, rows: bulkOnly, check: needProgram("pasta"), join: joinPasta(65520)},
 		{name: "rootlesskit-gvisor", what: "rootlesskit with its embedded gvisor-tap-vsock, MTU 1500, as an ordinary user", peer: true, check: needBinary("rootlesskit", "newuidmap"), join: wrapRootlesskit("gvisor-tap-vsock"), start: startRootlesskit("gvisor-tap-vsock")},
 		{name: "rootlesskit-slirp4netns", what: "rootlesskit with slirp4netns, as an ordinary user", peer: true, rows: startOnly, check: needBinary("rootlesskit", "newuidmap", "slirp4netns"), join: wrapRootlesskit("slirp4netns"), start: startRootlesskit("slirp4netns")},
+		{name: "rootlesskit-builtin", what: "rootlesskit's port driver of that name beside slirp4netns, as an ordinary user", peer: true, rows: publishedNames(), check: needBinary("rootlesskit", "newuidmap", "slirp4netns"), publish: publishRootlesskit()},
 	}
 }
 

@@ -30,6 +30,7 @@ type order struct {
 	IPerf   []string   // the iperf3 command of the bulk load
 	Want    string     // congestion control that the guest must use
 	Port    uint16     // the server's first port
+	TCPOnly bool       // the server has no UDP
 
 	// Outside is what only the namespace around a container can tell; bridgeMain
 	// fills it in.
@@ -97,7 +98,7 @@ func obey(o order) (guestReport, error) {
 	if err := raiseFiles(); err != nil {
 		return r, err
 	}
-	if err := waitReady(netip.AddrPortFrom(o.Target, o.Port)); err != nil {
+	if err := waitReady(netip.AddrPortFrom(o.Target, o.Port), !o.TCPOnly && o.Target.Is4()); err != nil {
 		return r, err
 	}
 	var err error
@@ -144,19 +145,19 @@ func setCongestion(want string) (string, error) {
 	return strings.TrimSpace(string(cc)), err
 }
 
-// waitReady waits until the server answers over TCP and, with IPv4, over UDP: some
+// waitReady waits until the server answers over TCP and, with udp, over UDP: some
 // drivers configure the guest after its first process has started. It also makes
 // every part of the way warm.
-func waitReady(target netip.AddrPort) error {
+func waitReady(target netip.AddrPort, udp bool) error {
 	deadline := time.Now().Add(readyDeadline)
 	var err error
-	for _, network := range []string{"tcp", "udp"}[:pick(target.Addr().Is4(), 2, 1)] {
+	for _, network := range []string{"tcp", "udp"}[:pick(udp, 2, 1)] {
 		for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
 			if err = echoOnce(network, target); err == nil {
 				break
 			}
 			if time.Now().After(deadline) {
-				return fmt.Errorf("no answer from world within %v: %w", readyDeadline, err)
+				return fmt.Errorf("no answer from the server within %v: %w", readyDeadline, err)
 			}
 			time.Sleep(wait)
 		}

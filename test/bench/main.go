@@ -44,6 +44,7 @@ const (
 	argGuest = "guest" // the load tool in the guest
 
 	argBridge = "bridge" // the same in a container of the guest
+	argServed = "served" // the server in the guest, whose ports are published
 )
 
 // options are the flags of one run.
@@ -53,6 +54,7 @@ type options struct {
 	repeat  int
 	quick   bool
 	kernel  bool
+	publish bool
 	out     string
 	slipway string        // path of the binary to measure; "" builds ./cmd/slipway
 	seconds time.Duration // of load in one sample
@@ -67,6 +69,8 @@ func main() {
 			exit(firstError(quietly, func() error { return guestMain(os.Args[2:]) }))
 		case argBridge:
 			exit(bridgeMain(os.Args[2:]))
+		case argServed:
+			exit(firstError(quietly, func() error { return servedMain(os.Args[2:]) }))
 		}
 	}
 	inner := len(os.Args) > 1 && os.Args[1] == argInner
@@ -105,6 +109,7 @@ func parse(args []string) (options, error) {
 	fs.IntVar(&opt.repeat, "repeat", 0, "samples per row and driver, of which the median counts (default 5, quick 3)")
 	fs.BoolVar(&opt.quick, "quick", false, "short samples, for a look while developing")
 	fs.BoolVar(&opt.kernel, "kernel", false, "only the rows and drivers that the goals of the kernel path need")
+	fs.BoolVar(&opt.publish, "publish", false, "only the rows of published ports")
 	fs.StringVar(&opt.out, "out", "", "page to write (default docs/benchmarks.md after a full run, else none)")
 	fs.StringVar(&opt.slipway, "slipway", "", "slipway binary to measure (default: built from ./cmd/slipway)")
 	fs.DurationVar(&opt.seconds, "time", 0, "length of one sample (default 1.5s, with -quick or -kernel 700ms)")
@@ -114,7 +119,7 @@ func parse(args []string) (options, error) {
 	if fs.NArg() > 0 {
 		return opt, fmt.Errorf("argument %q: only flags are known", fs.Arg(0))
 	}
-	full := rowList == "" && driverList == "" && !opt.quick && !opt.kernel
+	full := rowList == "" && driverList == "" && !opt.quick && !opt.kernel && !opt.publish
 	if opt.out == "" && full {
 		opt.out = "docs/benchmarks.md"
 	}
@@ -128,8 +133,15 @@ func parse(args []string) (options, error) {
 	if opt.rows, err = names("row", rowList, rowNames()); err != nil {
 		return opt, err
 	}
-	if opt.drivers, err = names("driver", driverList, driverNames()); err != nil || !opt.kernel {
+	if opt.drivers, err = names("driver", driverList, driverNames()); err != nil {
 		return opt, err
+	}
+	if opt.publish {
+		opt.rows = slices.DeleteFunc(opt.rows, func(r string) bool { return !slices.Contains(publishedNames(), r) })
+		opt.drivers = slices.DeleteFunc(opt.drivers, func(d string) bool { return !slices.Contains(publishedDrivers, d) })
+	}
+	if !opt.kernel {
+		return opt, nil
 	}
 	opt.rows = slices.DeleteFunc(opt.rows, func(r string) bool { return !slices.Contains(kernelRows(), r) })
 	opt.drivers = slices.DeleteFunc(opt.drivers, func(d string) bool { return !slices.Contains(kernelDrivers(), d) })

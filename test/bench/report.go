@@ -38,16 +38,22 @@ func (p *report) text() string {
 	var b strings.Builder
 	p.notes = nil
 	b.WriteString(p.machine())
-	direct, bridged := split(r.chosen())
-	if len(direct) > 0 {
-		b.WriteString(p.tableOf(r.rows(), direct))
+	ours := func(w row) bool { return w.published }
+	ws, published := slices.DeleteFunc(r.rows(), ours), slices.DeleteFunc(r.rows(), func(w row) bool { return !ours(w) })
+	direct, bridged := split(slices.DeleteFunc(r.chosen(), func(d driver) bool { return d.join == nil }))
+	if len(direct) > 0 && len(ws) > 0 {
+		b.WriteString(p.tableOf(ws, direct))
 	}
 	if slices.ContainsFunc(bridged, func(d driver) bool { return d.bridged }) {
 		b.WriteString("\nFrom a container on a bridge in the guest, against the same native:\n")
-		ws := slices.DeleteFunc(r.rows(), func(w row) bool {
+		ws := slices.DeleteFunc(slices.Clone(ws), func(w row) bool {
 			return !slices.ContainsFunc(bridged, func(d driver) bool { return d.bridged && p.takesPart(w, d) })
 		})
 		b.WriteString(p.tableOf(ws, bridged))
+	}
+	if len(published) > 0 {
+		b.WriteString("\nPublished ports: the server is in the guest, the client outside. Native is the same server on the host itself:\n")
+		b.WriteString(p.tableOf(published, slices.DeleteFunc(r.chosen(), func(d driver) bool { return d.publish == nil })))
 	}
 	p.noteAll(r.rows(), r.chosen())
 	b.WriteString(p.goalsOf(r.rows()))

@@ -28,7 +28,10 @@ type row struct {
 	payload int      // bytes of one transaction in one direction; 0 when the load tells
 	most    int      // samples that are enough; 0 for as many as asked for
 	drivers []string // that take part; nil is all
-	metrics []metric
+	// published has the guest serve on published ports: see published.go. The load runs
+	// in host, or for far in world.
+	published, far bool
+	metrics        []metric
 }
 
 // Numbers of the rows: connections at a time, flows held, starts per sample.
@@ -79,6 +82,7 @@ func rows(quick bool) []row {
 			{"rate", "UDP, 16 x 1200 bytes outstanding", "/s", 0, true}}},
 	}
 	all = append(all, rows6(all)...)
+	all = append(all, publishedRows()...)
 	return append(all,
 		row{name: "start", metrics: []metric{
 			{"start", "start and end, `run -- true`", "ms", 1, false}}},
@@ -139,7 +143,7 @@ func kernelRows() (out []string) {
 func kernelDrivers() []string {
 	out := []string{"native", "native-bridge", "slipway-kernel", "slipway-kernel-bridge"}
 	for _, d := range drivers() {
-		if d.peer && !slices.Equal(d.rows, []string{"start"}) {
+		if d.peer && d.join != nil && !slices.Equal(d.rows, []string{"start"}) {
 			out = append(out, d.name)
 		}
 	}
@@ -166,6 +170,7 @@ const (
 func goals() []goal {
 	all := append(kernelGoals("slipway-kernel"), kernelGoals("slipway-kernel-bridge")...)
 	all = append(all, netstackGoals("slipway-netstack")...)
+	all = append(all, publishedGoals()...)
 	return append(all, []goal{
 		{row: "start", key: "start", driver: "slipway", against: "rootlesskit-slirp4netns", first: 1.4, final: 1},
 		{row: "start", key: "start", driver: "slipway-rootless", against: "rootlesskit-slirp4netns", first: 1.4, final: 1},

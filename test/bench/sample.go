@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -45,6 +46,9 @@ func (r *runner) take(ctx context.Context, w row, d driver) (map[string]float64,
 	if w.name == "start" {
 		return r.starts(ctx, d)
 	}
+	if w.published {
+		return r.takePublished(ctx, w, d, t)
+	}
 	g := &guest{bridged: d.bridged}
 	defer g.leave()
 	if err := d.join(ctx, t, g); err != nil {
@@ -64,7 +68,7 @@ func (r *runner) measure(ctx context.Context, w row, t *topology, g *guest) (map
 			return nil, err
 		}
 		defer server.stop()
-		o.IPerf = iperfCommand(w, r.opt)
+		o.IPerf = iperfCommand(w, r.opt, target)
 	}
 	before, err := t.devices()
 	if err != nil {
@@ -262,9 +266,9 @@ func (s *iperfServer) peer() string {
 }
 
 // iperfCommand is the client's command line. iperf3 knows whole seconds only.
-func iperfCommand(w row, opt options) []string {
+func iperfCommand(w row, opt options, target netip.Addr) []string {
 	seconds := max(1, int(opt.seconds.Seconds()+0.5))
-	args := []string{"iperf3", "--client", pick(w.ipv6, worldAddr6, worldAddr).String(), "--port", strconv.Itoa(iperfPort), "--json", "--time", strconv.Itoa(seconds), "--congestion", congestion}
+	args := []string{"iperf3", "--client", target.String(), "--port", strconv.Itoa(iperfPort), "--json", "--time", strconv.Itoa(seconds), "--congestion", congestion}
 	if w.reverse {
 		args = append(args, "--reverse")
 	}

@@ -45,7 +45,7 @@ type worldServer struct {
 // worldMain is the server process: it prints "ready", then a report for each
 // line on stdin, and ends at end of file.
 func worldMain() error {
-	s, err := newWorldServer()
+	s, err := newWorldServer(true)
 	if err != nil {
 		return err
 	}
@@ -68,7 +68,7 @@ func worldMain() error {
 }
 
 // newWorldServer opens all sockets.
-func newWorldServer() (*worldServer, error) {
+func newWorldServer(udp bool) (*worldServer, error) {
 	if err := raiseFiles(); err != nil {
 		return nil, err
 	}
@@ -88,6 +88,10 @@ func newWorldServer() (*worldServer, error) {
 				return nil, err
 			}
 		}
+	}
+	if !udp {
+		s.udp = -1
+		return s, nil
 	}
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
