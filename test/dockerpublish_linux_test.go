@@ -157,7 +157,7 @@ func (d *docker) inside(t *testing.T, id string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(ns.Close)
-	tellSourceAt(t, ns, netip.MustParseAddrPort("0.0.0.0:80"))
+	tellSource(t, ns, containerPort)
 }
 
 func (d *docker) pid(t *testing.T, id string) string {

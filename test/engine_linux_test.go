@@ -125,6 +125,7 @@ type engine struct {
 	done   chan struct{}
 	state  *os.ProcessState // set before done is closed
 
+	config  string // the file of an engine that startUp started
 	stdin   io.Closer
 	ended   bool
 	before  leftovers

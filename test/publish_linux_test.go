@@ -118,13 +118,18 @@ func onAll(proto string, port int) []string {
 // expectListeners wants exactly these listeners in host, soon.
 func expectListeners(t testing.TB, n *topo.Topology, when string, want ...[]string) {
 	t.Helper()
+	expectListenersIn(t, n.Host, when, want...)
+}
+
+func expectListenersIn(t testing.TB, ns *topo.NS, when string, want ...[]string) {
+	t.Helper()
 	all := slices.Sorted(slices.Values(slices.Concat(want...)))
 	var now []string
 	if !eventually(20*time.Second, func() bool {
-		now = listeners(t, n.Host)
+		now = listeners(t, ns)
 		return slices.Equal(now, all)
 	}) {
-		t.Errorf("%s: the host listens on\n\t%s\nexpected\n\t%s", when, strings.Join(now, "\n\t"), strings.Join(all, "\n\t"))
+		t.Errorf("%s: the listeners are\n\t%s\nexpected\n\t%s", when, strings.Join(now, "\n\t"), strings.Join(all, "\n\t"))
 	}
 }
 
@@ -145,7 +150,11 @@ func tellSourceAt(t testing.TB, ns *topo.NS, address netip.AddrPort) {
 		fmt.Fprintln(c, unmap(c.RemoteAddr().(*net.TCPAddr).AddrPort()))
 		io.Copy(c, c)
 	})
-	u, err := ns.ListenUDP(address.String())
+	var u *net.UDPConn
+	err := ns.Do(func() (err error) {
+		u, err = net.ListenUDP("udp"+familyDigit(address.Addr()), net.UDPAddrFromAddrPort(address))
+		return err
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -167,13 +176,9 @@ func tellSourceAt(t testing.TB, ns *topo.NS, address netip.AddrPort) {
 // serveOnly is serve on one family: Go's "tcp" takes both on [::].
 func serveOnly(t testing.TB, ns *topo.NS, address netip.AddrPort, handle func(*net.TCPConn)) {
 	t.Helper()
-	network := "tcp4"
-	if address.Addr().Is6() {
-		network = "tcp6"
-	}
 	var l net.Listener
 	err := ns.Do(func() (err error) {
-		l, err = net.Listen(network, address.String())
+		l, err = net.Listen("tcp"+familyDigit(address.Addr()), address.String())
 		return err
 	})
 	if err != nil {
@@ -190,6 +195,13 @@ func serveOnly(t testing.TB, ns *topo.NS, address netip.AddrPort, handle func(*n
 			s.Go(func() { handle(c.(*net.TCPConn)) })
 		}
 	})
+}
+
+func familyDigit(a netip.Addr) string {
+	if a.Is6() {
+		return "6"
+	}
+	return "4"
 }
 
 // client is a place that clients of published ports are at.

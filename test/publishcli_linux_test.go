@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -201,17 +202,23 @@ func startUp(t testing.TB, n *topo.Topology, u user, config string, flags ...str
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	os.Chmod(dir, 0o755)
-	file := filepath.Join(dir, "slipway.toml")
+	e.config = filepath.Join(dir, "slipway.toml")
+	e.configure(t, config)
+	e.cmd = e.slipway(slices.Concat([]string{"up", "--config", e.config}, flags, []string{e.name})...)
+	e.follow(t)
+	return e
+}
+
+// configure writes the engine's configuration.
+func (e *engine) configure(t testing.TB, config string) {
+	t.Helper()
 	text := strings.ReplaceAll(config, "NAME", e.name)
 	if !strings.Contains(text, "[engine.") {
 		text += fmt.Sprintf("\n[engine.%s]\ncommand = [\"sh\", \"-c\", \"echo $$; readlink /proc/self/ns/net; exec cat\"]\n", e.name)
 	}
-	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+	if err := os.WriteFile(e.config, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	e.cmd = e.slipway(slices.Concat([]string{"up", "--config", file}, flags, []string{e.name})...)
-	e.follow(t)
-	return e
 }
 
 // follow starts an engine whose command says its pid and its namespace.
@@ -246,6 +253,34 @@ func TestPublishConfig(t *testing.T) {
 		expectListeners(t, n, "after the engine")
 		e = startUp(t, n, u, `publish = ["18080:81"]`, "-p", "18082:81")
 		expectListeners(t, n, "with publish and -p", onAll("tcp", 18082))
+	})
+}
+
+// TestPublishReload: HUP has the list of slipway.toml published, what stays untouched.
+func TestPublishReload(t *testing.T) {
+	needPublish(t)
+	eachUser(t, func(t *testing.T, n *topo.Topology, u user) {
+		e := startUp(t, n, u, `publish = ["18080:81", "18081:81"]`)
+		tellSource(t, e.guest, enginePort)
+		e.publish(t, "18090:81")
+		ofOthers := onAll("tcp", 18090)
+		stays := portAt(t, e, 18080)
+		e.configure(t, `publish = ["18080:81", "18082:81"]`)
+		e.cmd.Process.Signal(syscall.SIGHUP)
+		expectListeners(t, n, "after HUP", onAll("tcp", 18080), onAll("tcp", 18082), ofOthers)
+		if now := portAt(t, e, 18080); now.ID != stays.ID {
+			t.Errorf("port 18080 was %d and is %d", stays.ID, now.ID)
+		}
+		e.configure(t, `publish = ["nonsense"]`)
+		e.cmd.Process.Signal(syscall.SIGHUP)
+		if !eventually(10*time.Second, func() bool { return strings.Contains(e.stderr.String(), "nonsense") }) {
+			t.Errorf("nothing is said about a file with an error: %s", e.stderr.String())
+		}
+		expectListeners(t, n, "after HUP with an error", onAll("tcp", 18080), onAll("tcp", 18082), ofOthers)
+		e.configure(t, "publish_bind = \"loopback-default\"\npublish = [\"18083:81\"]\n")
+		e.cmd.Process.Signal(syscall.SIGHUP)
+		expectListeners(t, n, "after HUP with another publish_bind", []string{"tcp 127.0.0.1:18083", "tcp [::1]:18083"}, ofOthers)
+		reach(t, n, "tcp", 18083)
 	})
 }
 

@@ -3,8 +3,10 @@ package test
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -18,7 +20,8 @@ import (
 // outsideDocker is a dockerd that somebody else started in a namespace of his own.
 type outsideDocker struct {
 	docker
-	space   *attachable
+	space   *topo.NS
+	program string
 	options []string
 	env     []string
 	cmd     *exec.Cmd
@@ -28,7 +31,7 @@ type outsideDocker struct {
 // start starts dockerd and waits until it answers. It may be called again.
 func (d *outsideDocker) start(t *testing.T) {
 	t.Helper()
-	d.cmd = exec.Command(lookPath(t, "dockerd"), append([]string{"--data-root", d.dir + "/data", "--exec-root", d.dir + "/exec",
+	d.cmd = exec.Command(d.program, append([]string{"--data-root", d.dir + "/data", "--exec-root", d.dir + "/exec",
 		"--pidfile", d.dir + "/pid", "-H", "unix://" + d.dir + "/sock", "--config-file", d.dir + "/daemon.json"}, d.options...)...)
 	user{}.dress(d.cmd)
 	d.cmd.Env = append(d.cmd.Env, d.env...)
@@ -63,7 +66,7 @@ func TestPublishAttach(t *testing.T) {
 		t.Run(map[bool]string{false: "docker-proxy", true: "docker_api"}[api], func(t *testing.T) {
 			n := newTopology(t)
 			a, name := newAttachable(t, n), newName()
-			d := &outsideDocker{docker: *newDocker(t, ""), space: a}
+			d := &outsideDocker{docker: *newDocker(t, ""), space: a.NS, program: lookPath(t, "dockerd")}
 			d.engine = &engine{name: name, net: n}
 			var flags []string
 			if api {
@@ -113,6 +116,56 @@ func TestPublishAttach(t *testing.T) {
 			a.detach(t, e)
 		})
 	}
+}
+
+// TestDockerProxy: without slipway slipway-docker-proxy is a proxy like dockerd's own, for
+// clients in dockerd's namespace.
+func TestDockerProxy(t *testing.T) {
+	needDockerd(t)
+	eachDockerd(t, func(t *testing.T, k dockerdKind) {
+		ns, err := topo.NewNS("dockerd's")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(ns.Close)
+		// An address that both families have a way to.
+		if err := ns.IP("link add name up0 type bridge\naddr add 192.0.2.2/24 dev up0\naddr add 2001:db8:9::2/64 dev up0 nodad\nlink set up0 up\n"); err != nil {
+			t.Fatal(err)
+		}
+		d := &outsideDocker{docker: *newDocker(t, ""), space: ns, program: k.program,
+			options: append(k.options, "--userland-proxy-path", proxyPath), env: []string{"DOCKER_MIN_API_VERSION=1.24"}}
+		d.start(t)
+		t.Cleanup(func() { d.end(t, syscall.SIGTERM) })
+		d.must(t, "import", busyboxImage(t, d.dir), dockerImage)
+		c := d.runImage(t, "-p", "18080:80", "-p", "18080:80/udp", "-p", "127.0.0.1:18081:80", "-p", "192.0.2.2:18082:80/udp")
+		want := [][]string{onAll("tcp", 18080), onAll("udp", 18080), {"tcp 127.0.0.1:18081", "udp 192.0.2.2:18082"}}
+		expectListenersIn(t, ns, "docker run", want...)
+		d.inside(t, c)
+		for _, to := range []string{"127.0.0.1:18080", "[::1]:18080", "[2001:db8:9::2]:18080", "127.0.0.1:18081"} {
+			address := netip.MustParseAddrPort(to)
+			for _, proto := range []string{"tcp", "udp"} {
+				if proto == "udp" && address.Port() == 18081 {
+					proto, address = "udp", netip.MustParseAddrPort("192.0.2.2:18082")
+				}
+				if _, err := (client{ns: ns, from: address.Addr()}).ask(proto, address); err != nil {
+					t.Errorf("%s to %v: %v", proto, address, err)
+				}
+			}
+		}
+		l, err := ns.Listen("192.0.2.2:18090")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+		defer cancel()
+		if out, err := d.command(ctx, "run", "--name", "unlucky", "-p", "192.0.2.2:18090:80", dockerImage, "/bin/busybox", "true").CombinedOutput(); err == nil ||
+			!strings.Contains(string(out), "address already in use") && !strings.Contains(string(out), "taken") {
+			t.Errorf("docker run with a port that is taken: %v: %s", err, out)
+		}
+		d.must(t, "rm", "-f", "unlucky", c)
+		expectListenersIn(t, ns, "docker rm", []string{"tcp 192.0.2.2:18090"})
+	})
 }
 
 // TestPublishPodman: containers of podman, by the API that it has in common with Docker.

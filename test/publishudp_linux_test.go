@@ -21,9 +21,7 @@ import (
 func TestPublishUDP(t *testing.T) {
 	const clients = 40
 	eachPublishable(t, engineOptions{}, func(t *testing.T, p *publishable) {
-		for _, f := range families {
-			echoUDP(t, p.bridge.containers[1], at(anyOf(f), 86))
-		}
+		echoUDP(t, p.bridge.containers[1], "[::]:86")
 		if err := p.bridge.tables.load(p.ns, dockerPort(18086, 86)...); err != nil {
 			t.Fatal(err)
 		}
@@ -196,7 +194,7 @@ func TestPublishUDPForgotten(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, f := range families {
-			server := newCue(t, p.bridge.containers[1], at(anyOf(f), 87))
+			server := newCue(t, p.bridge.containers[1], at(container(f), 87))
 			p.engine.dockerProxy(t, "udp", netip.AddrPortFrom(anyOf(f), 18087), netip.AddrPortFrom(container(f), 87)).mustServe(t)
 			loopback, own, other := clientsOf(p.net, f)
 			for _, c := range []client{loopback, own, other} {
