@@ -37,6 +37,8 @@ type Agent struct {
 	watch  *watcher       // of the namespace we joined, or nil
 
 	repairs atomic.Uint64
+	pools   [socketKinds]pool
+	routes  routes
 
 	done     chan struct{} // closed when the guest is over: see Done
 	doneOnce sync.Once
@@ -50,9 +52,10 @@ type Agent struct {
 
 	mu     sync.Mutex // guards the fields below
 	procs  map[uint64]*Process
-	nextID uint64
-	over   bool  // no further process can be registered
-	lost   error // why the agent ended without being asked, or nil
+	asked  map[uint64]chan<- socketsAnswer
+	nextID uint64 // of processes and of requests for sockets
+	over   bool   // no further process can be registered
+	lost   error  // why the agent ended without being asked, or nil
 }
 
 func newAgent(spec Spec, log *slog.Logger) *Agent {
@@ -65,6 +68,7 @@ func newAgent(spec Spec, log *slog.Logger) *Agent {
 		done:   make(chan struct{}),
 		ended:  make(chan struct{}),
 		procs:  make(map[uint64]*Process),
+		asked:  make(map[uint64]chan<- socketsAnswer),
 	}
 }
 
@@ -124,7 +128,7 @@ func (a *Agent) serve() {
 func (a *Agent) receive() {
 	for {
 		var ev event
-		files, err := a.wire.receive(&ev)
+		fds, err := a.wire.receiveFDs(&ev)
 		if err != nil {
 			if err != io.EOF {
 				a.log.Error("protocol error, killing the agent", slog.Any("error", err))
@@ -132,6 +136,10 @@ func (a *Agent) receive() {
 			}
 			break
 		}
+		if a.answered(&ev, fds) {
+			continue
+		}
+		files := filesOf(fds)
 		a.handle(&ev, files)
 		closeAll(files)
 	}
@@ -175,9 +183,12 @@ func (a *Agent) finish() {
 	}
 	a.mu.Lock()
 	a.over, a.lost = true, err
-	left := a.procs
-	a.procs = nil
+	left, asked := a.procs, a.asked
+	a.procs, a.asked = nil, nil
 	a.mu.Unlock()
+	for _, answer := range asked {
+		answer <- socketsAnswer{err: ErrClosed}
+	}
 	for _, p := range left {
 		p.gone()
 	}
@@ -228,6 +239,10 @@ func (a *Agent) Close(ctx context.Context) error {
 	}
 	a.stop()
 	a.workers.Wait()
+	for k := range a.pools {
+		a.pools[k].close()
+	}
+	a.routes.close()
 	a.wire.close()
 	a.netns.Close()
 	if a.spec.Join != nil && a.nft != nil {

@@ -171,30 +171,19 @@ func listenTransparent(a netip.Addr) (*os.File, netip.AddrPort, error) {
 
 // listenOn makes fd a listener and returns its port.
 func listenOn(fd int, a netip.Addr) (port int, err error) {
-	option := func(level, name, value int) {
-		if err == nil {
-			err = unix.SetsockoptInt(fd, level, name, value)
-		}
-	}
-	var sa unix.Sockaddr = &unix.SockaddrInet4{}
-	if a.Is6() {
-		option(unix.SOL_IPV6, unix.IPV6_V6ONLY, 1)
-		option(unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1)
-		sa = &unix.SockaddrInet6{Addr: a.As16()}
-	} else {
-		option(unix.SOL_IP, unix.IP_TRANSPARENT, 1)
+	var sa unix.Sockaddr
+	if a.Is4() {
 		sa = &unix.SockaddrInet4{Addr: a.As4()}
+	} else {
+		sa = &unix.SockaddrInet6{Addr: a.As16()}
+		err = unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1)
 	}
-	option(unix.SOL_TCP, unix.TCP_NODELAY, 1)
-	option(unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
-	option(unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) // urgent data is data
-	option(unix.SOL_TCP, unix.TCP_KEEPIDLE, keepIdle)
-	option(unix.SOL_TCP, unix.TCP_KEEPINTVL, keepInterval)
-	option(unix.SOL_TCP, unix.TCP_KEEPCNT, keepCount)
-	option(unix.SOL_TCP, unix.TCP_SYNCNT, synRetries)
-	// A guest whose host has another default (bbr paces, for one) gains nothing by it
-	// on a path without a bottleneck. Not every kernel lets a namespace choose.
-	unix.SetsockoptString(fd, unix.SOL_TCP, unix.TCP_CONGESTION, congestion)
+	if err == nil {
+		err = makeTransparent(fd, familyOf(a))
+	}
+	if err == nil {
+		err = guestOptions(fd)
+	}
 	if err == nil {
 		err = unix.Bind(fd, sa)
 	}

@@ -172,6 +172,8 @@ func (g *guest) serve() error {
 			g.exec(m.ID, m.Exec, m.files)
 		case m.Signal != 0:
 			g.procs.signal(m.ID, m.Signal)
+		case m.Sockets != nil:
+			g.sockets(m.ID, m.Sockets)
 		case m.Stop != nil:
 			return g.end(m.Stop.Grace, requests)
 		}
@@ -239,6 +241,8 @@ func (g *guest) refuse(requests <-chan message, hurry func()) {
 			g.procs.signal(m.ID, m.Signal)
 		case m.Exec != nil:
 			g.wire.send(event{ID: m.ID, Failed: wireErrorOf(ErrClosed)})
+		case m.Sockets != nil:
+			g.wire.send(event{ID: m.ID}) // none
 		case m.Stop != nil && m.Stop.Grace == 0:
 			hurry()
 		}

@@ -67,6 +67,8 @@ func TestMain(m *testing.M) {
 		}
 	case "daemon":
 		daemonRole()
+	case "server":
+		serverRole()
 	}
 	goleak.VerifyTestMain(m)
 }

@@ -8,12 +8,20 @@ import (
 
 // request is what the daemon sends; exactly one field besides ID is set.
 type request struct {
-	ID     uint64         `json:"id,omitempty"` // of the process, for Exec and Signal
+	ID     uint64         `json:"id,omitempty"` // of the process, for Exec and Signal; or of this request
 	Setup  *setupRequest  `json:"setup,omitempty"`
 	Mapped bool           `json:"mapped,omitempty"` // the user namespace has its IDs
 	Exec   *execRequest   `json:"exec,omitempty"`
 	Signal syscall.Signal `json:"signal,omitempty"`
 	Stop   *stopRequest   `json:"stop,omitempty"`
+
+	Sockets *socketsRequest `json:"sockets,omitempty"`
+}
+
+// socketsRequest asks for N sockets. Answered by the same ID.
+type socketsRequest struct {
+	Kind SocketKind `json:"kind"`
+	N    int        `json:"n"`
 }
 
 // setupRequest is a Spec.
@@ -39,14 +47,15 @@ type stopRequest struct {
 
 // event is what the agent sends; exactly one field besides ID is set.
 type event struct {
-	ID      uint64      `json:"id,omitempty"` // of the process, for the fields below Ready
+	ID      uint64      `json:"id,omitempty"` // of the process or the request, for Failed and what is below it
 	Ready   *readyEvent `json:"ready,omitempty"`
 	Log     *logEvent   `json:"log,omitempty"`
 	Repairs uint64      `json:"repairs,omitempty"` // of the rules, so far
-	Failed  *wireError  `json:"failed,omitempty"`  // answers Setup (ID 0) or Exec
+	Failed  *wireError  `json:"failed,omitempty"`  // answers Setup (ID 0), Exec or Sockets
 	Started int         `json:"started,omitempty"`
 	Stopped bool        `json:"stopped,omitempty"` // the main command's own process group stopped
 	Exited  *exitEvent  `json:"exited,omitempty"`
+	Sockets int         `json:"sockets,omitempty"` // answers Sockets: how many travel beside it
 }
 
 // readyEvent answers Setup. Beside it travel the files of these names, in their order.
@@ -64,6 +73,7 @@ const (
 	wireListener6 = "listener6"
 	wireProbe4    = "probe4"
 	wireProbe6    = "probe6"
+	wireRoutes    = "routes" // rtnetlink(7)
 )
 
 // logEvent asks the daemon to write a line for the agent, which has no log.

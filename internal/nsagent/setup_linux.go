@@ -3,6 +3,8 @@ package nsagent
 import (
 	"fmt"
 	"os"
+
+	"golang.org/x/sys/unix"
 )
 
 // setup makes the guest what the spec says. The caller owns the files, by their names on
@@ -41,5 +43,8 @@ func (g *guest) setup() (files map[string]*os.File, r Report, err error) {
 	g.settlePorts(&r)
 	files = k.files()
 	files[wireTUN], files[wireNFT] = tun, g.tables.owner()
+	if fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE); err == nil {
+		files[wireRoutes] = os.NewFile(uintptr(fd), "rtnetlink")
+	}
 	return files, r, nil
 }

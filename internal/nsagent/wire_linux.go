@@ -26,8 +26,9 @@ const (
 	// maxBody bounds a body in bytes: 2 MiB of arguments and environment become
 	// 2.7 MiB in base64.
 	maxBody = 4 << 20
-	// maxFiles is the most files one message carries: those of a ready guest.
-	maxFiles = 7
+	// maxFiles is the most files one message carries: new sockets. The kernel's own
+	// limit is 253 (SCM_MAX_FD).
+	maxFiles = 64
 )
 
 // wire is one end. One goroutine may read while any number write.
@@ -106,42 +107,57 @@ func (w *wire) sendHead(head []byte, files []*os.File) error {
 // on exec; there are none when err is not nil. It returns io.EOF at the end of the
 // stream, if and only if that is between two messages.
 func (w *wire) receive(body any) (files []*os.File, err error) {
+	fds, err := w.receiveFDs(body)
+	return filesOf(fds), err
+}
+
+// filesOf makes files of descriptors.
+func filesOf(fds []int) []*os.File {
+	var files []*os.File
+	for _, fd := range fds {
+		files = append(files, os.NewFile(uintptr(fd), "passed"))
+	}
+	return files
+}
+
+// receiveFDs is receive with bare descriptors: a File asks Go's poller to watch it.
+func (w *wire) receiveFDs(body any) (fds []int, err error) {
 	defer func() {
 		if err != nil {
-			closeAll(files)
-			files = nil
+			closeFDs(fds)
+			fds = nil
 		}
 	}()
 	var head [wireHeader]byte
 	for n := 0; n < len(head); {
 		k, more, err := w.read(head[n:])
-		files = append(files, more...)
+		fds = append(fds, more...)
 		switch {
 		case err != nil:
-			return files, err
+			return fds, err
 		case k == 0 && n == 0:
-			return files, io.EOF
+			return fds, io.EOF
 		case k == 0:
-			return files, io.ErrUnexpectedEOF
+			return fds, io.ErrUnexpectedEOF
 		}
 		n += k
 	}
 	size := binary.BigEndian.Uint32(head[0:])
 	if size > maxBody {
-		return files, fmt.Errorf("message of %d bytes, the limit is %d", size, maxBody)
+		return fds, fmt.Errorf("message of %d bytes, the limit is %d", size, maxBody)
 	}
-	if want := binary.BigEndian.Uint32(head[4:]); uint64(want) != uint64(len(files)) {
-		return files, fmt.Errorf("message with %d files announces %d", len(files), want)
+	if want := binary.BigEndian.Uint32(head[4:]); uint64(want) != uint64(len(fds)) {
+		return fds, fmt.Errorf("message with %d files announces %d", len(fds), want)
 	}
 	b := make([]byte, size)
 	if _, err := io.ReadFull(w.conn, b); err != nil {
-		return files, fmt.Errorf("body: %w", noEOF(err))
+		return fds, fmt.Errorf("body: %w", noEOF(err))
 	}
-	return files, json.Unmarshal(b, body)
+	return fds, json.Unmarshal(b, body)
 }
 
-// read reads some bytes into b and the files that came with them.
-func (w *wire) read(b []byte) (int, []*os.File, error) {
+// read reads some bytes into b and the descriptors that came with them.
+func (w *wire) read(b []byte) (int, []int, error) {
 	oob := make([]byte, unix.CmsgSpace(maxFiles*4))
 	n, oobn, flags, _, err := w.conn.ReadMsgUnix(b, oob) // sets MSG_CMSG_CLOEXEC
 	switch {
@@ -150,24 +166,22 @@ func (w *wire) read(b []byte) (int, []*os.File, error) {
 	case err != nil:
 		return 0, nil, err
 	}
-	var files []*os.File
+	var fds []int
 	cmsgs, err := unix.ParseSocketControlMessage(oob[:oobn])
 	if err != nil {
 		return n, nil, err
 	}
 	for i := range cmsgs {
-		fds, err := unix.ParseUnixRights(&cmsgs[i])
+		more, err := unix.ParseUnixRights(&cmsgs[i])
 		if err != nil {
 			continue // another kind of control message
 		}
-		for _, fd := range fds {
-			files = append(files, os.NewFile(uintptr(fd), "passed"))
-		}
+		fds = append(fds, more...)
 	}
 	if flags&unix.MSG_CTRUNC != 0 {
-		return n, files, fmt.Errorf("more than %d files in a message, or no file descriptor left", maxFiles)
+		return n, fds, fmt.Errorf("more than %d files in a message, or no file descriptor left", maxFiles)
 	}
-	return n, files, nil
+	return n, fds, nil
 }
 
 func (w *wire) close() error { return w.conn.Close() }

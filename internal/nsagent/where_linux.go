@@ -1,0 +1,208 @@
+package nsagent
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Place is where the guest's routes lead.
+type Place uint8
+
+// The places.
+const (
+	PlaceUnknown  Place = iota // nobody can tell
+	PlaceLocal                 // an address of the namespace itself
+	PlaceInside                // out of another device than ours: one of the guest's own networks
+	PlaceOutside               // out of our device
+	PlaceUnrouted              // nowhere
+)
+
+const (
+	// placesFor is how long an answer holds: a client of a published port asks at
+	// its beginning only, and networks come and go.
+	placesFor = time.Second
+	// placesMost bounds the answers that are remembered.
+	placesMost = 4096
+	// routeTimeout bounds the wait for an answer, which the kernel makes before
+	// sendto(2) returns.
+	routeTimeout = 2 * time.Second
+)
+
+// routes asks the guest's kernel where addresses are.
+type routes struct {
+	mu     sync.Mutex // guards the fields below
+	socket *os.File   // rtnetlink(7) of the guest's namespace; nil if there is none, or no more
+	fd     int        // of it
+	tun    uint32     // index of our device; 0 until the first question
+	seq    uint32
+	known  map[netip.Addr]placeUntil
+}
+
+// placeUntil is an answer.
+type placeUntil struct {
+	place Place
+	until time.Time
+}
+
+// Where tells where a is, as the guest's kernel routes it without marks. Answers are up
+// to a second old. It takes a few microseconds.
+func (a *Agent) Where(addr netip.Addr) (Place, error) {
+	addr = addr.WithZone("").Unmap()
+	r := &a.routes
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := time.Now()
+	if k, ok := r.known[addr]; ok && now.Before(k.until) {
+		return k.place, nil
+	}
+	if err := r.open(a); err != nil {
+		return PlaceUnknown, err
+	}
+	p, err := r.ask(addr)
+	if err != nil {
+		return PlaceUnknown, fmt.Errorf("look up the guest's route to %v: %w", addr, err)
+	}
+	if r.known == nil || len(r.known) >= placesMost {
+		r.known = make(map[netip.Addr]placeUntil)
+	}
+	r.known[addr] = placeUntil{p, now.Add(placesFor)}
+	return p, nil
+}
+
+// open makes the socket ready the first time.
+func (r *routes) open(a *Agent) error {
+	if r.socket == nil {
+		return ErrClosed
+	}
+	if r.tun != 0 {
+		return nil
+	}
+	var err error
+	if r.fd, err = rawFD(r.socket); err != nil {
+		return err
+	}
+	limit := unix.NsecToTimeval(routeTimeout.Nanoseconds())
+	if err := unix.SetsockoptTimeval(r.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit); err != nil {
+		return err
+	}
+	if r.tun, err = r.index(a.spec.TUN.Name); err != nil {
+		return fmt.Errorf("look up the guest's device %s: %w", a.spec.TUN.Name, err)
+	}
+	return nil
+}
+
+// index returns the number of a device.
+func (r *routes) index(name string) (uint32, error) {
+	m, err := r.request(unix.RTM_GETLINK, append(make([]byte, unix.SizeofIfInfomsg), attribute(unix.IFLA_IFNAME, append([]byte(name), 0))...))
+	if err != nil {
+		return 0, err
+	}
+	if m.Header.Type != unix.RTM_NEWLINK || len(m.Data) < unix.SizeofIfInfomsg {
+		return 0, unix.EBADMSG
+	}
+	return binary.NativeEndian.Uint32(m.Data[4:]), nil // ifi_index
+}
+
+// ask puts one question.
+func (r *routes) ask(a netip.Addr) (Place, error) {
+	ip := a.AsSlice()
+	msg := make([]byte, unix.SizeofRtMsg)
+	msg[0], msg[1] = unix.AF_INET6, byte(a.BitLen()) // rtm_family, rtm_dst_len
+	if a.Is4() {
+		msg[0] = unix.AF_INET
+	}
+	m, err := r.request(unix.RTM_GETROUTE, append(msg, attribute(unix.RTA_DST, ip)...))
+	switch {
+	case errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EHOSTUNREACH), errors.Is(err, unix.EACCES), errors.Is(err, unix.EINVAL):
+		return PlaceUnrouted, nil // no route, unreachable, prohibit, blackhole
+	case err != nil:
+		return PlaceUnknown, err
+	case m.Header.Type != unix.RTM_NEWROUTE || len(m.Data) < unix.SizeofRtMsg:
+		return PlaceUnknown, unix.EBADMSG
+	}
+	return r.place(&m)
+}
+
+// place reads an answer.
+func (r *routes) place(m *syscall.NetlinkMessage) (Place, error) {
+	switch m.Data[7] { // rtm_type
+	case unix.RTN_LOCAL:
+		return PlaceLocal, nil
+	case unix.RTN_UNICAST:
+	default:
+		return PlaceUnrouted, nil
+	}
+	attrs, err := syscall.ParseNetlinkRouteAttr(m)
+	if err != nil {
+		return PlaceUnknown, err
+	}
+	for _, at := range attrs {
+		if at.Attr.Type == unix.RTA_OIF && len(at.Value) == 4 {
+			if binary.NativeEndian.Uint32(at.Value) == r.tun {
+				return PlaceOutside, nil
+			}
+			return PlaceInside, nil
+		}
+	}
+	return PlaceUnknown, unix.EBADMSG
+}
+
+// request sends one message and returns its answer.
+func (r *routes) request(typ uint16, body []byte) (syscall.NetlinkMessage, error) {
+	r.seq++
+	b := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(body)))
+	b = binary.NativeEndian.AppendUint16(b, typ)
+	b = binary.NativeEndian.AppendUint16(b, unix.NLM_F_REQUEST)
+	b = binary.NativeEndian.AppendUint32(b, r.seq)
+	b = append(binary.NativeEndian.AppendUint32(b, 0), body...)
+	if err := unix.Sendto(r.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return syscall.NetlinkMessage{}, err
+	}
+	answer := make([]byte, 32<<10)
+	for {
+		n, _, err := unix.Recvfrom(r.fd, answer, 0)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return syscall.NetlinkMessage{}, err
+		}
+		list, err := syscall.ParseNetlinkMessage(answer[:n])
+		if err != nil {
+			return syscall.NetlinkMessage{}, err
+		}
+		for _, m := range list {
+			switch {
+			case m.Header.Seq != r.seq: // of a question that was given up
+			case m.Header.Type == unix.NLMSG_ERROR && len(m.Data) >= 4:
+				return m, unix.Errno(-int32(binary.NativeEndian.Uint32(m.Data)))
+			default:
+				return m, nil
+			}
+		}
+	}
+}
+
+// attribute is one of rtnetlink(7).
+func attribute(typ uint16, value []byte) []byte {
+	b := binary.NativeEndian.AppendUint16(nil, uint16(unix.SizeofRtAttr+len(value)))
+	b = append(binary.NativeEndian.AppendUint16(b, typ), value...)
+	return append(b, make([]byte, -len(b)&(unix.RTA_ALIGNTO-1))...)
+}
+
+func (r *routes) close() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.socket != nil {
+		r.socket.Close()
+		r.socket = nil
+	}
+}
