@@ -32,6 +32,8 @@ type recorder struct {
 	relay     func(context.Context, flow.Conn, flow.Verdict)
 	datagrams chan flow.Datagram
 	echoes    chan flow.Echo
+	expects   func(flow.Tuple) bool
+	rejected  chan flow.Error
 
 	mu        sync.Mutex
 	discarded int
@@ -66,6 +68,13 @@ func (r *recorder) Echo(e flow.Echo) {
 	r.echoes <- e
 }
 
+func (r *recorder) Expects(t flow.Tuple) bool { return r.expects != nil && r.expects(t) }
+
+func (r *recorder) Rejected(e flow.Error) {
+	e.Quote = append([]byte{}, e.Quote...)
+	r.rejected <- e
+}
+
 // bench is a running Stack with the guest's end of its link.
 type bench struct {
 	*Stack
@@ -88,6 +97,7 @@ func start(t *testing.T, mtu int, edit ...func(*Config)) *bench {
 	}
 	b := &bench{Stack: s, t: t, guest: theirs, fwd: &recorder{
 		datagrams: make(chan flow.Datagram, 100), echoes: make(chan flow.Echo, 100),
+		rejected: make(chan flow.Error, 100),
 	}}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)

@@ -18,7 +18,7 @@ import (
 //
 // Of ICMP only echo requests leave the guest, to the forwarder; the gateway's own
 // address is pinged through gVisor. Errors that the guest sends about our packets
-// need no action: a socket that nobody answers times out.
+// come to whoever sent them (icmperror.go).
 //
 // Towards the guest go echo replies that a target really sent, and errors: those
 // that the host's kernel learned about a flow (unreachable, time exceeded, packet
@@ -57,6 +57,31 @@ func (s *Stack) icmpHandler(id stack.TransportEndpointID, pkt *stack.PacketBuffe
 		s.icmp6FromGuest(&ip, b)
 	}
 	return true
+}
+
+// icmpOf returns the ICMP of a's family.
+func icmpOf(a netip.Addr) tcpip.TransportProtocolNumber {
+	if a.Is4() {
+		return header.ICMPv4ProtocolNumber
+	}
+	return header.ICMPv6ProtocolNumber
+}
+
+// icmpFromGuest takes a message that came in one piece, and reports whether it is
+// gVisor's.
+func (s *Stack) icmpFromGuest(ip *ipInfo, b []byte, toGateway bool) (forStack bool) {
+	if e, ok := parseError(ip, b); ok {
+		return s.errorFromGuest(&e) || toGateway
+	}
+	switch {
+	case toGateway:
+		return true
+	case ip.src.Is4():
+		s.icmp4FromGuest(ip, b)
+	default:
+		s.icmp6FromGuest(ip, b)
+	}
+	return false
 }
 
 func (s *Stack) icmp4FromGuest(ip *ipInfo, b []byte) {

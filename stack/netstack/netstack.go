@@ -42,8 +42,8 @@ import (
 //   - everything else is gVisor's: TCP, fragments, and what the gateway itself is
 //     asked. Reassembled datagrams come back to us through transport handlers.
 //
-// A SYN for no known connection reaches acceptTCP (tcp.go), which asks the
-// forwarder and only then lets gVisor answer.
+// A SYN for no known connection reaches tcpHandler (tcp.go), which asks the
+// forwarder and only then lets gVisor answer. Dial (dial.go) is the other direction.
 //
 // Towards the guest there are two writers. What gVisor sends goes through a queue
 // and one goroutine (endpoint.go), because writing under gVisor's endpoint lock makes
@@ -73,6 +73,13 @@ type Forwarder interface {
 	// the goroutine that reads the link.
 	Datagram(d flow.Datagram)
 	Echo(e flow.Echo)
+
+	// Expects reports whether Datagram is to have what the guest sends to t's Target,
+	// which is the gateway: the answers to clients that the guest knows by that address.
+	// Rejected takes an ICMP error about a datagram that was written to the guest; From
+	// is who reports it. Neither may block.
+	Expects(t flow.Tuple) bool
+	Rejected(e flow.Error)
 }
 
 // Config is what a Stack is made of. All fields but Log and MaxDials are
@@ -108,6 +115,7 @@ type Stack struct {
 	ip    *stack.Stack
 	ep    *endpoint
 	dials dials
+	out   pendingDials
 	bufs  buffers
 
 	train      *train // nil unless Poll is used
@@ -120,7 +128,7 @@ type Stack struct {
 
 	forward Forwarder       // set by Run
 	ctx     context.Context // Run's, for gVisor's callbacks, which pass none; ends when Run stops
-	flows   sync.WaitGroup  // every goroutine that serves a guest's connection
+	flows   sync.WaitGroup  // every goroutine that serves a guest's connection, and every Dial's
 }
 
 var _ flow.Guest = (*Stack)(nil)

@@ -197,19 +197,15 @@ func (r *reader) slow(proto uint8, hl int, ip *ipInfo, toGateway bool) bool {
 	switch p := tcpip.TransportProtocolNumber(proto); {
 	case p == header.TCPProtocolNumber:
 		return r.checked(r.verified() || tcpChecksumOK(ip, r.payload(hl))) && !r.hold(ip, r.payload(hl), toGateway)
-	case p == header.UDPProtocolNumber && toGateway:
+	case p == header.UDPProtocolNumber && toGateway && !r.s.expects(ip, r.payload(hl)):
 		return r.checked(r.verified() || r.n < hl+header.UDPMinimumSize || udpChecksumOK(ip, r.payload(hl)))
-	case toGateway:
-		return true
 	case p == header.UDPProtocolNumber:
 		r.s.udpFromGuest(ip, r.payload(hl), r.verified(), int(r.segment()))
 		return false
-	case p == header.ICMPv4ProtocolNumber && ip.src.Is4():
-		r.s.icmp4FromGuest(ip, r.payload(hl))
-		return false
-	case p == header.ICMPv6ProtocolNumber && ip.src.Is6():
-		r.s.icmp6FromGuest(ip, r.payload(hl))
-		return false
+	case p == icmpOf(ip.src):
+		return r.s.icmpFromGuest(ip, r.payload(hl), toGateway)
+	case toGateway:
+		return true
 	case ip.src.Is6() && isExtension(proto):
 		return true
 	}

@@ -31,12 +31,26 @@ import (
 // udpHandler takes datagrams that gVisor reassembled or that carry IPv6 extension
 // headers.
 func (s *Stack) udpHandler(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
-	ip := infoOf(id, pkt)
-	if ip.dst == s.cfg.Gateway4 || ip.dst == s.cfg.Gateway6 {
+	ip, b := infoOf(id, pkt), transportOf(pkt)
+	if (ip.dst == s.cfg.Gateway4 || ip.dst == s.cfg.Gateway6) && !s.expects(&ip, b) {
 		return false // nobody listens on that port: gVisor says so
 	}
-	s.udpFromGuest(&ip, transportOf(pkt), false, 0)
+	s.udpFromGuest(&ip, b, false, 0)
 	return true
+}
+
+// expects reports whether a datagram to the gateway is the forwarder's. b starts with
+// the UDP header.
+func (s *Stack) expects(ip *ipInfo, b []byte) bool {
+	if len(b) < header.UDPMinimumSize {
+		return false
+	}
+	h := header.UDP(b)
+	return s.forward.Expects(flow.Tuple{
+		Proto:  flow.UDP,
+		Guest:  netip.AddrPortFrom(ip.src, h.SourcePort()),
+		Target: netip.AddrPortFrom(ip.dst, h.DestinationPort()),
+	})
 }
 
 // transportOf copies a packet from its transport header on into one piece.
