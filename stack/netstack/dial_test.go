@@ -49,7 +49,9 @@ func serveGuest(t *testing.T, g *stack.Stack, at netip.AddrPort) <-chan netip.Ad
 			if err != nil {
 				return
 			}
-			callers <- c.RemoteAddr().(*net.TCPAddr).AddrPort()
+			if a, ok := c.RemoteAddr().(*net.TCPAddr); ok { // else it has been reset already
+				callers <- a.AddrPort()
+			}
 			all.Go(func() {
 				stop := context.AfterFunc(ctx, func() { c.Close() })
 				defer stop()
