@@ -298,7 +298,7 @@ func (d *docker) expectSources(t *testing.T, n *topo.Topology) {
 // message and nothing is left of it.
 func (d *docker) conflict(t *testing.T, n *topo.Topology, before [][]string) {
 	t.Helper()
-	l, err := n.Host.Listen("0.0.0.0:18090")
+	l, err := listenOnly(n.Host, netip.MustParseAddrPort("0.0.0.0:18090"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -176,11 +176,7 @@ func tellSourceAt(t testing.TB, ns *topo.NS, address netip.AddrPort) {
 // serveOnly is serve on one family: Go's "tcp" takes both on [::].
 func serveOnly(t testing.TB, ns *topo.NS, address netip.AddrPort, handle func(*net.TCPConn)) {
 	t.Helper()
-	var l net.Listener
-	err := ns.Do(func() (err error) {
-		l, err = net.Listen("tcp"+familyDigit(address.Addr()), address.String())
-		return err
-	})
+	l, err := listenOnly(ns, address)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -195,6 +191,15 @@ func serveOnly(t testing.TB, ns *topo.NS, address netip.AddrPort, handle func(*n
 			s.Go(func() { handle(c.(*net.TCPConn)) })
 		}
 	})
+}
+
+// listenOnly listens on one family.
+func listenOnly(ns *topo.NS, address netip.AddrPort) (l net.Listener, err error) {
+	err = ns.Do(func() (err error) {
+		l, err = net.Listen("tcp"+familyDigit(address.Addr()), address.String())
+		return err
+	})
+	return l, err
 }
 
 func familyDigit(a netip.Addr) string {

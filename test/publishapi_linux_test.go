@@ -438,22 +438,22 @@ func lease() int {
 // again for what is withdrawn.
 func TestPublishLimit(t *testing.T) {
 	needPublish(t, "prlimit")
-	const files = 400 // of which a quarter is for ports
+	const files, asked = 400, 20000 // a quarter of the files is for ports
 	script := fmt.Sprintf("#!/bin/sh\nexec prlimit --nofile=%[1]d:%[1]d %[2]s \"$@\"\n", files, os.Getenv(envBin))
 	bin := filepath.Join(runTmp, "slipway-few-files")
 	if err := os.WriteFile(bin, []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	defer os.Remove(bin)
+	t.Cleanup(func() { os.Remove(bin) }) // after the engine's end
 	t.Setenv(envBin, bin)
 	n := newTopology(t)
 	e := startEngine(t, n, engineOptions{user: user{rootless: true}})
 	if have := fileLimit(t, e.cmd.Process.Pid); have != files {
 		missing(t, "a user who may not raise a limit: it is %d", have)
 	}
-	h := e.hammer(t, 45000, 4, false)
+	h := e.hammer(t, asked, 4, false)
 	made, over := h.Status[http.StatusCreated], h.Status[http.StatusServiceUnavailable]
-	if made < files/8 || made > files/4 || made+over != 45000 {
+	if made < files/8 || made > files/4 || made+over != asked {
 		t.Errorf("answers %v, %s", h.Status, h.Problem)
 	}
 	t.Logf("%d ports, and %d refusals in %v", made, over, h.Add)
