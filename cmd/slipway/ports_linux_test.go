@@ -26,7 +26,7 @@ import (
 type fakeEngine struct {
 	dir string
 
-	mu    sync.Mutex
+	mu    sync.Mutex // guards the fields below
 	ports []api.Port
 	last  uint64
 	flows []*flow.Flow
@@ -35,7 +35,7 @@ type fakeEngine struct {
 const maxFake = 8
 
 func (f *fakeEngine) Status() api.Status    { return api.Status{} }
-func (f *fakeEngine) Flows() []*flow.Flow   { return f.flows }
+func (f *fakeEngine) Flows() []*flow.Flow   { f.mu.Lock(); defer f.mu.Unlock(); return f.flows }
 func (f *fakeEngine) Info() (i api.Info)    { i = api.NewInfo(); i.StateDir = f.dir; return i }
 func (f *fakeEngine) NetNS() string         { return "/proc/self/ns/net" }
 func (f *fakeEngine) list() (l []api.Port)  { return append([]api.Port{}, f.ports...) }
@@ -328,10 +328,13 @@ func TestDocker(t *testing.T) {
 func TestPublishedFlows(t *testing.T) {
 	f := pretend(t, "web")
 	guest, client := netip.MustParseAddrPort("192.168.65.3:80"), netip.MustParseAddrPort("203.0.113.7:5000")
-	f.flows = []*flow.Flow{
+	flows := []*flow.Flow{
 		{ID: 2, Tuple: flow.Tuple{Proto: flow.TCP, Guest: guest, Target: client}, Decided: flow.Published, Started: time.Now()},
 		{ID: 1, Tuple: flow.Tuple{Proto: flow.TCP, Guest: guest, Target: client}, Decided: flow.Direct, Started: time.Now().Add(-time.Second)},
 	}
+	f.mu.Lock()
+	f.flows = flows
+	f.mu.Unlock()
 	r := slipway(t, "flows", "web")
 	for i, want := range []string{"GUEST TARGET", "192.168.65.3:80 <- 203.0.113.7:5000 - published", "192.168.65.3:80 -> 203.0.113.7:5000 - direct"} {
 		if rows := columns(r.stdout); len(rows) != 3 || !strings.Contains(strings.Join(rows[i], " "), want) {
