@@ -11,6 +11,7 @@ package publish
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
@@ -43,7 +44,8 @@ const (
 
 // holders tells who has a port. The zero value is ready, and safe for concurrent use.
 type holders struct {
-	proc string // where /proc is, for tests; "" is /proc
+	proc   string        // where /proc is, for tests; "" is /proc
+	budget time.Duration // how long a scan takes at most, for tests; 0 is holdersBudget
 
 	mu   sync.Mutex // held during a scan: whoever comes meanwhile wants its result
 	last *holderScan
@@ -78,7 +80,7 @@ func (h *holders) find(proto flow.Proto, at netip.AddrPort) string {
 	defer h.mu.Unlock()
 	for try := range 2 {
 		if h.last == nil || time.Since(h.last.at) > holdersAge || try > 0 && time.Since(h.last.at) > (1+holdersMiss)*h.last.took {
-			h.last = h.scan(holdersBudget)
+			h.last = h.scan(cmp.Or(h.budget, holdersBudget))
 		}
 		if row, ok := h.last.match(proto, at); ok {
 			if who := h.who(row); who != "" && row.listen {
@@ -172,7 +174,7 @@ func (h *holders) scan(budget time.Duration) *holderScan {
 		if len(wanted) == 0 || time.Now().After(deadline) {
 			break
 		}
-		h.files(pid, wanted, s.files)
+		h.files(pid, deadline, wanted, s.files)
 	}
 	s.took = time.Since(s.at)
 	return s
@@ -259,22 +261,28 @@ func (h *holders) pids() []int {
 	return pids
 }
 
-// files moves what a process has of wanted, inodes by link text, to found.
-func (h *holders) files(pid int, wanted map[string]uint64, found map[uint64]holderFile) {
+// files moves what a process has of wanted, inodes by link text, to found. A process
+// may have a million descriptors, so this, too, ends at the deadline.
+func (h *holders) files(pid int, deadline time.Time, wanted map[string]uint64, found map[uint64]holderFile) {
 	d, err := os.Open(h.path(strconv.Itoa(pid), "fd"))
 	if err != nil {
 		return // ended, or another user's
 	}
 	defer d.Close()
-	fds, _ := d.Readdirnames(-1)
-	for _, fd := range fds {
-		link, err := os.Readlink(h.path(strconv.Itoa(pid), "fd", fd))
-		if err != nil {
-			continue
+	for !time.Now().After(deadline) {
+		fds, _ := d.Readdirnames(256) // what could be read is good enough
+		if len(fds) == 0 {
+			return
 		}
-		if inode, ok := wanted[link]; ok {
-			found[inode] = holderFile{pid, fd}
-			delete(wanted, link)
+		for _, fd := range fds {
+			link, err := os.Readlink(h.path(strconv.Itoa(pid), "fd", fd))
+			if err != nil {
+				continue
+			}
+			if inode, ok := wanted[link]; ok {
+				found[inode] = holderFile{pid, fd}
+				delete(wanted, link)
+			}
 		}
 	}
 }

@@ -35,6 +35,7 @@ func TestConflictWithProcess(t *testing.T) {
 	defer stdin.Close()
 	said := bufio.NewScanner(stdout)
 	b, _ := newBook(t, Config{})
+	b.holders.budget = patience // the child comes last in /proc
 	for said.Scan() && said.Text() != "" {
 		ask, where, _ := strings.Cut(said.Text(), " ")
 		where, how, _ := strings.Cut(where, " ")
@@ -158,7 +159,7 @@ func TestHolder(t *testing.T) {
 	p.process(14, "named", 9)
 	p.write("", "self", "comm")
 
-	h := &holders{proc: p.root}
+	h := &holders{proc: p.root, budget: patience}
 	tests := []struct {
 		proto flow.Proto
 		at    string
@@ -221,6 +222,7 @@ func TestConflictsAreQuick(t *testing.T) {
 	}
 	defer ln.Close()
 	b, _ := newBook(t, Config{})
+	b.holders.budget = patience
 	s := at(spec(t, "127.0.0.1:1:80"), ln.Addr().(*net.TCPAddr).AddrPort().Port())
 	scans := make(map[*holderScan]bool)
 	from := time.Now()

@@ -125,7 +125,8 @@ func (p *Port) GuestFor(listener netip.Addr) netip.AddrPort {
 }
 
 // Book is the book of published ports. It is safe for concurrent use; nothing waits
-// for another owner's /proc scan, guest or Carrier.
+// for another port's /proc scan, guest or Carrier, but for the one scan that everybody
+// who gets a conflict meanwhile needs.
 type Book struct {
 	cfg       Config
 	inherited []inherited
