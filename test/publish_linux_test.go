@@ -397,11 +397,17 @@ func TestPublishSourceAddress(t *testing.T) {
 func eachPublishable(t *testing.T, o engineOptions, suite func(t *testing.T, p *publishable)) {
 	t.Helper()
 	need(t, "ip", "nft", "ss")
+	var all []*publishable
 	for _, k := range kinds {
 		if !k.native {
-			t.Run(k.name, func(t *testing.T) { suite(t, newPublishable(t, k, o)) })
+			all = append(all, newPublishable(t, k, o))
 		}
 	}
+	var wg sync.WaitGroup
+	for _, p := range all {
+		wg.Go(func() { t.Run(p.kind.name, func(t *testing.T) { suite(t, p) }) })
+	}
+	wg.Wait()
 }
 
 // publishForms publishes what TestPublishSourceAddress asks for.
