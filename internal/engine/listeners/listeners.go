@@ -18,7 +18,8 @@
 // neighbour. Servers that start again within the time keep their port.
 //
 // What could not be published is tried again, ever more rarely, as whoever has the port
-// on the host may give it up. Each reason is logged once while it stays the same.
+// on the host may give it up. Each reason is logged once while it stays the same; an engine
+// that listens here and there all the time does not fill the log, the rest is counted.
 //
 // Limits: 4096 ports are published, those with the lowest numbers, and 65536 sockets
 // looked at.
@@ -34,6 +35,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/slipway-net/slipway/internal/flow"
 )
 
@@ -48,6 +51,10 @@ const (
 
 	// maxPorts is what an engine can have published in this way.
 	maxPorts = 4096
+
+	// saidAtOnce reasons are logged, and then one in sayEvery.
+	saidAtOnce = 32
+	sayEvery   = time.Second
 )
 
 // Socket is one that waits for clients.
@@ -83,7 +90,7 @@ type Config struct {
 
 // Watch has the ports of an engine published until ctx ends, and none afterwards.
 func Watch(ctx context.Context, c Config) {
-	w := watcher{Config: c}
+	w := watcher{Config: c, saying: rate.NewLimiter(rate.Every(sayEvery), saidAtOnce)}
 	defer w.Apply(nil)
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
@@ -122,8 +129,10 @@ type watcher struct {
 	published ports // of the last Apply
 	retry     time.Time
 	wait      time.Duration   // until retry, from the last Apply on
-	said      map[string]bool // reasons that are logged
-	unread    string          // why the last reading failed
+	said      map[string]bool // reasons of the last Apply
+	saying    *rate.Limiter
+	unsaid    int    // new reasons since the last that was logged
+	unread    string // why the last reading failed
 }
 
 // turn reads once.
@@ -218,21 +227,33 @@ func (f families) wildcard() netip.Addr {
 	return netip.Addr{}
 }
 
-// say logs what it has not logged the last time.
+// say logs what is not as it was the last time, as far as the limit goes.
 func (w *watcher) say(errs []error) {
 	said := make(map[string]bool, len(errs))
 	for _, err := range errs {
 		text := err.Error()
 		if !w.said[text] && !said[text] {
-			attrs := []any{slog.String("why", text)}
-			if h := interface{ Hint() string }(nil); errors.As(err, &h) && h.Hint() != "" {
-				attrs = append(attrs, slog.String("hint", h.Hint()))
-			}
-			w.Log.Warn("a listener is not published", attrs...)
+			w.log(err)
 		}
 		said[text] = true
 	}
 	w.said = said
+}
+
+func (w *watcher) log(err error) {
+	if !w.saying.Allow() {
+		w.unsaid++
+		return
+	}
+	attrs := []any{slog.String("why", err.Error())}
+	if h := interface{ Hint() string }(nil); errors.As(err, &h) && h.Hint() != "" {
+		attrs = append(attrs, slog.String("hint", h.Hint()))
+	}
+	if w.unsaid > 0 {
+		attrs = append(attrs, slog.Int("not_logged_before", w.unsaid))
+	}
+	w.unsaid = 0
+	w.Log.Warn("a listener is not published", attrs...)
 }
 
 // note adds a socket to found if it counts.

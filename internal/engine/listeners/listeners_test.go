@@ -264,6 +264,36 @@ func TestRemedyIsSaid(t *testing.T) {
 	})
 }
 
+// An engine that asks for ever other ports does not fill the log.
+func TestLogIsLimited(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := engine{refuse: map[uint16]error{}}
+		var odd, even []string
+		for n := uint16(1); n <= 200; n++ {
+			e.refuse[n] = fmt.Errorf("port %d is taken", n)
+			word := fmt.Sprintf("tcp 0.0.0.0:%d", n)
+			if n%2 == 0 {
+				even = append(even, word)
+			} else {
+				odd = append(odd, word)
+			}
+		}
+		stop := e.watch(t, nil)
+		begin := time.Now()
+		for range 10 {
+			e.set(odd...)
+			pass(2)
+			e.set(even...)
+			pass(2)
+		}
+		stop()
+		lines, most := strings.Count(e.log.String(), "\n"), saidAtOnce+int(time.Since(begin)/sayEvery)
+		if lines < saidAtOnce || lines > most || !strings.Contains(e.log.String(), " not_logged_before=") {
+			t.Errorf("%d lines, want %d to %d, and the number of those that are left out:\n%s", lines, saidAtOnce, most, &e.log)
+		}
+	})
+}
+
 // A port that somebody else has published is no failure.
 func TestHeldByOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
