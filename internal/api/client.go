@@ -132,15 +132,20 @@ func (c *Client) errorf(what string, err error) error {
 	return fmt.Errorf("%s engine %s: %w", what, c.engine, err)
 }
 
-// queueFull is how long a client tries to connect where too many others do.
-const queueFull = 10 * time.Second
+// queueFull is how long a client tries to connect where too many others do, and
+// queueWait how long it waits at most until it tries again: thousands who try at every
+// moment would take the server's time.
+const (
+	queueFull = 30 * time.Second
+	queueWait = 200 * time.Millisecond
+)
 
 // dialUnix connects to the socket at path. connect(2) fails with EAGAIN while the
 // server's queue is full, which is nothing but a reason to wait.
 func dialUnix(ctx context.Context, path string) (*net.UnixConn, error) {
 	ctx, cancel := context.WithTimeout(ctx, queueFull)
 	defer cancel()
-	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
+	for wait := time.Millisecond; ; wait = min(2*wait, queueWait) {
 		c, err := new(net.Dialer).DialContext(ctx, "unix", path)
 		if err == nil {
 			return c.(*net.UnixConn), nil
