@@ -41,6 +41,7 @@ const (
 	retryMost   = 2 * time.Second
 	openLimit   = 2 * time.Second  // for an engine to answer that events follow
 	listLimit   = 10 * time.Second // for one list
+	firstLimit  = 4 * time.Second  // for the first one, while ports of the session before wait for it
 	logInterval = time.Minute      // between lines about an engine that is not there
 )
 
@@ -142,11 +143,15 @@ func (w *watcher) session(ctx context.Context) (listed bool, err error) {
 	case <-time.After(openLimit): // it may come later
 	case <-ctx.Done():
 	}
+	limit := listLimit
+	if w.applied { // an engine that starts takes connections before it answers
+		limit = firstLimit
+	}
 	for step := len(settle); ; {
-		if err := w.list(ctx); err != nil {
+		if err := w.list(ctx, limit); err != nil {
 			return listed, err
 		}
-		listed = true
+		listed, limit = true, listLimit
 		wait := idle
 		if step < len(settle) {
 			wait = settle[step]
@@ -168,8 +173,8 @@ func (w *watcher) session(ctx context.Context) (listed bool, err error) {
 }
 
 // list asks for everything and applies it.
-func (w *watcher) list(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, listLimit)
+func (w *watcher) list(ctx context.Context, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	var specs []flow.PortSpec
 	if !w.ServicesOnly {
