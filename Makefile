@@ -44,6 +44,7 @@ man: build ## write the manual pages below bin/man
 
 install: build ## copy the binary, systemd unit, manual pages and shell completions below PREFIX (/usr/local), DESTDIR in front
 	install -D -m 0755 $(BIN) $(DESTDIR)$(PREFIX)/bin/slipway
+	ln -sfn slipway $(DESTDIR)$(PREFIX)/bin/slipway-docker-proxy
 	install -D -m 0644 packaging/slipway@.service $(DESTDIR)$(PREFIX)/lib/systemd/system/slipway@.service
 	sed -i 's|/usr/local/bin/|$(PREFIX)/bin/|' $(DESTDIR)$(PREFIX)/lib/systemd/system/slipway@.service
 	$(BIN) man $(DESTDIR)$(PREFIX)/share/man/man1
