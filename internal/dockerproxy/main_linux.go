@@ -225,7 +225,9 @@ func (p *proxy) listenTCP(ctx context.Context, o options, log *slog.Logger) (*ne
 	if o.inherited {
 		l, err = inherited(net.FileListener)
 	} else {
-		l, err = new(net.ListenConfig).Listen(ctx, "tcp"+family(o.host), o.host.String())
+		var lc net.ListenConfig
+		lc.SetMultipathTCP(false) // its sockets cannot be spliced
+		l, err = lc.Listen(ctx, "tcp"+family(o.host), o.host.String())
 	}
 	if err != nil {
 		return nil, err
