@@ -37,6 +37,10 @@ const (
 
 	// maxSockets is what is looked at of one protocol and family.
 	maxSockets = 16384
+
+	// maxParts is how many datagrams are read for one question. A million sockets
+	// are 3,000; an engine's root may send us its own without end.
+	maxParts = 16384
 )
 
 // Diag reads the sockets of the network namespace that its own socket is of.
@@ -91,15 +95,19 @@ func (d *Diag) ask(fd int, proto flow.Proto, family byte, states uint32, found f
 	if err := unix.Sendto(fd, request(d.seq, proto, family, states), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return err
 	}
-	for left := maxSockets; ; {
+	left := maxSockets
+	for range maxParts {
 		// The kernel has the answer ready when it has taken the question, and each
 		// part of it when the one before has been read.
-		n, _, err := unix.Recvfrom(fd, d.buf, unix.MSG_DONTWAIT)
+		n, from, err := unix.Recvfrom(fd, d.buf, unix.MSG_DONTWAIT)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {
 			return err
+		}
+		if !fromKernel(from) {
+			continue
 		}
 		messages, err := syscall.ParseNetlinkMessage(d.buf[:n])
 		if err != nil {
@@ -118,6 +126,17 @@ func (d *Diag) ask(fd int, proto flow.Proto, family byte, states uint32, found f
 			}
 		}
 	}
+	return errEndless
+}
+
+// errEndless ends an answer that does not end.
+var errEndless = errors.New("the answer does not end")
+
+// fromKernel tells the kernel's messages, whose port is 0, from those of somebody who has
+// CAP_NET_ADMIN in the namespace and sends to our port.
+func fromKernel(from unix.Sockaddr) bool {
+	a, ok := from.(*unix.SockaddrNetlink)
+	return ok && a.Pid == 0
 }
 
 // request makes a message for one dump.

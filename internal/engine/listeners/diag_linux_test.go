@@ -309,6 +309,52 @@ func TestDiagErrors(t *testing.T) {
 	}
 }
 
+// What a process of the namespace sends is no answer, even if it looks like the end of one.
+func TestDiagHearsTheKernelOnly(t *testing.T) {
+	open := func() int {
+		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_INET_DIAG)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fd
+	}
+	ours, theirs := open(), open()
+	d := NewDiag(os.NewFile(uintptr(ours), "sock_diag"))
+	defer d.Close()
+	defer unix.Close(theirs)
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	finds := func() (ok bool) {
+		if err := d.Read(func(s Socket) { ok = ok || s.Local == ln.Addr().(*net.TCPAddr).AddrPort() }); err != nil {
+			t.Fatal(err)
+		}
+		return ok
+	}
+	if !finds() {
+		t.Fatal("the listener is not found")
+	}
+	own, err := unix.Getsockname(ours)
+	if err != nil {
+		t.Fatal(err)
+	}
+	end := binary.NativeEndian.AppendUint32(nil, unix.SizeofNlMsghdr)
+	end = binary.NativeEndian.AppendUint16(end, unix.NLMSG_DONE)
+	end = binary.NativeEndian.AppendUint16(end, 0)
+	end = binary.NativeEndian.AppendUint32(end, d.seq+1)
+	end = binary.NativeEndian.AppendUint32(end, 0)
+	for _, forged := range [][]byte{end, []byte("nonsense")} {
+		if err := unix.Sendto(theirs, forged, 0, own); err != nil {
+			missing(t, err)
+		}
+	}
+	if !finds() {
+		t.Error("a forged end of an answer is believed")
+	}
+}
+
 func TestResult(t *testing.T) {
 	enoent := binary.NativeEndian.AppendUint32(nil, ^uint32(unix.ENOENT)+1)
 	for _, c := range []struct {
