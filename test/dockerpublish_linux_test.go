@@ -254,10 +254,24 @@ func (d *docker) dockerd(t testing.TB) int {
 	return 0
 }
 
-// over forgets an engine that ended by itself; what dockerd left when it was killed is
-// not ours.
+// over forgets an engine that ended by itself. Its processes ended with it; what files
+// and mounts dockerd leaves when it is killed is its own affair.
 func (d *docker) over(t testing.TB) {
 	t.Helper()
+	var left []string
+	if !eventually(10*time.Second, func() bool {
+		left = nil
+		now := make(leftovers)
+		now.processes()
+		for _, name := range d.engine.before.missingFrom(now) {
+			if strings.HasPrefix(name, "process ") && !strings.HasSuffix(name, ": ") { // not of a zombie
+				left = append(left, name)
+			}
+		}
+		return len(left) == 0
+	}) {
+		t.Errorf("processes are left of an engine whose dockerd was killed:\n\t%s", strings.Join(left, "\n\t"))
+	}
 	d.engine.ended = true
 	d.engine.capture.Close()
 	d.engine.guest.Close()
