@@ -151,6 +151,11 @@ func setEstablished(fd int, a netip.Addr) {
 		level, opt = unix.SOL_IP, unix.IP_RECVERR
 	}
 	unix.SetsockoptInt(fd, level, opt, 0)
+	setKeepAlive(fd)
+}
+
+// setKeepAlive sets the options of every connection of the host's.
+func setKeepAlive(fd int) {
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) // urgent data is data
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
 	unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_KEEPIDLE, int(keepIdle/time.Second))

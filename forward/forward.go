@@ -41,11 +41,12 @@ type Forwarder struct {
 	log    *slog.Logger
 	pool   flow.BufPool
 	udp    *udpMaps
+	ports  *udpPorts
 	pings  *pings
 	tcp    *share
 	wants  *rate.Limiter // of warnings that a dial failed for want of something
 	stats  tcpCounters
-	doors  Doors // or nil: nothing is published
+	in     *inbounds
 
 	mu     sync.Mutex // guards the fields below
 	closed bool
@@ -74,9 +75,11 @@ func New(cfg Config) *Forwarder {
 	f := &Forwarder{
 		table: cfg.Table, policy: cfg.Policy, log: log,
 		tcp: newShare(cfg.MaxTCP), wants: rate.NewLimiter(rate.Every(time.Second), 5), relays: make(map[*relay]struct{}),
+		in: newInbounds(),
 	}
 	f.idle.L = &f.mu
 	f.udp = newUDPMaps(udpConfig{Guest: cfg.Guest, Table: cfg.Table, Policy: cfg.Policy, Log: log, Max: cfg.MaxUDP})
+	f.ports = newUDPPorts(f.udp, f.udp.sockets.(inboundSockets))
 	f.pings = newPings(pingConfig{Guest: cfg.Guest, Table: cfg.Table, Policy: cfg.Policy, Log: log})
 	return f
 }
@@ -106,9 +109,17 @@ func (f *Forwarder) Decide(ctx context.Context, t flow.Tuple) flow.Verdict {
 	return flow.Verdict{Answer: flow.Connect, Host: conn, Flow: fl}
 }
 
-// open makes fl's entry, unless its guest has too many; close takes it away.
+// begunBy is who began fl: the guest, or the client of a published port.
+func begunBy(fl *flow.Flow) netip.Addr {
+	if fl.Decided == flow.Published {
+		return fl.Tuple.Target.Addr()
+	}
+	return fl.Tuple.Guest.Addr()
+}
+
+// open makes fl's entry, unless who began it has too many; close takes it away.
 func (f *Forwarder) open(fl *flow.Flow) bool {
-	if !f.tcp.take(fl.Tuple.Guest.Addr()) {
+	if !f.tcp.take(begunBy(fl)) {
 		return false
 	}
 	f.table.Open(fl)
@@ -118,7 +129,7 @@ func (f *Forwarder) open(fl *flow.Flow) bool {
 func (f *Forwarder) close(fl *flow.Flow) {
 	fl.SetState(flow.Closed)
 	f.table.Close(fl)
-	f.tcp.give(fl.Tuple.Guest.Addr())
+	f.tcp.give(begunBy(fl))
 }
 
 // denied is the answer to a target that policy refuses; it counts it.
@@ -182,7 +193,11 @@ func (f *Forwarder) Discard(v flow.Verdict) {
 }
 
 // Datagram carries a guest's UDP datagram. It does not block.
-func (f *Forwarder) Datagram(d flow.Datagram) { f.udp.Datagram(d) }
+func (f *Forwarder) Datagram(d flow.Datagram) {
+	if !f.ports.datagram(d) {
+		f.udp.Datagram(d)
+	}
+}
 
 // Echo carries a guest's echo request. It does not block.
 func (f *Forwarder) Echo(e flow.Echo) { f.pings.Echo(e) }
@@ -199,6 +214,8 @@ func (f *Forwarder) Close() {
 		f.idle.Wait()
 	}
 	f.mu.Unlock()
+	f.in.close()
+	f.ports.close()
 	f.udp.close()
 	f.pings.close()
 }

@@ -263,4 +263,4 @@ func onWire(a netip.Addr) bool {
 }
 
 // SetDoors tells f how to get into the guest. It comes before ServeTCP and ServeUDP.
-func (f *Forwarder) SetDoors(d Doors) { f.doors = d }
+func (f *Forwarder) SetDoors(d Doors) { f.in.doors = d }

@@ -25,6 +25,8 @@ type Sockets struct {
 	pairs   map[*pair]struct{}
 	byTuple map[flow.Tuple]*pair // the youngest of each
 	dials   map[*Dial]struct{}
+	inbound map[*inboundDial]struct{}
+	ports   map[*inboundPort]struct{}
 	scratch []byte
 	pipes   pipes
 	closed  bool
@@ -32,16 +34,25 @@ type Sockets struct {
 
 // NewSockets makes the Sockets of f on l. Close it before f and l.
 func (f *Forwarder) NewSockets(l *loop.Loop) *Sockets {
-	return &Sockets{
+	s := &Sockets{
 		f: f, loop: l, scratch: make([]byte, smallRead),
 		pairs: make(map[*pair]struct{}), byTuple: make(map[flow.Tuple]*pair), dials: make(map[*Dial]struct{}),
+		inbound: make(map[*inboundDial]struct{}), ports: make(map[*inboundPort]struct{}),
 	}
+	f.in.serve = s.serveInbound
+	return s
 }
 
 // Close resets every flow and ends every dial. Further ones are refused.
 func (s *Sockets) Close() {
 	s.loop.Do(func() {
 		s.closed = true
+		for p := range s.ports {
+			p.stop()
+		}
+		for d := range s.inbound {
+			d.refuse(errClosing)
+		}
 		for d := range s.dials {
 			d.Cancel()
 		}
@@ -197,17 +208,22 @@ func (d *Dial) end() { delete(d.s.dials, d) }
 // Join joins guest, a connected socket that does not block, with v.Host, which Begin
 // dialled. It takes over both.
 func (s *Sockets) Join(guest int, v flow.Verdict) {
-	p := &pair{s: s, flow: v.Flow}
 	host, ok := v.Host.(*heldHost).take()
 	if !ok || s.closed {
-		lingerNone(guest)
-		unix.Close(guest)
+		resetFD(guest)
 		v.Host.Abort()
 		s.f.close(v.Flow)
 		return
 	}
+	if p := s.join(guest, host, v.Flow); !p.over {
+		s.byTuple[v.Flow.Tuple] = p
+	}
+}
+
+// join joins two sockets and takes over both, and fl.
+func (s *Sockets) join(guest, host int, fl *flow.Flow) *pair {
+	p := &pair{s: s, flow: fl}
 	s.pairs[p] = struct{}{}
-	s.byTuple[v.Flow.Tuple] = p
 	for i, fd := range []int{guest, host} {
 		p.legs[i] = leg{pair: p, fd: fd, writable: true}
 	}
@@ -217,9 +233,16 @@ func (s *Sockets) Join(guest int, v flow.Verdict) {
 		// Adding reports at once what is there already.
 		if l.ref, err = s.loop.Add(l.fd, watchAll, l); err != nil {
 			p.abort()
-			return
+			break
 		}
 	}
+	return p
+}
+
+// resetFD closes a connected socket with a reset.
+func resetFD(fd int) {
+	lingerNone(fd)
+	unix.Close(fd)
 }
 
 // Live reports whether t is a joined connection whose guest has not been reset.

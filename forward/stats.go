@@ -5,15 +5,16 @@ type TCPStats struct {
 	Flows int `json:"flows"` // being dialled or open
 	Limit int `json:"limit"` // most flows
 
-	Connected   uint64 `json:"connected"`
-	Refused     uint64 `json:"refused"`     // by the target
-	Unreachable uint64 `json:"unreachable"` // said a router or the host's kernel
-	TimedOut    uint64 `json:"timed_out"`   // nobody answered
-	Denied      uint64 `json:"denied"`      // by policy
-	Cancelled   uint64 `json:"cancelled"`   // the guest gave up first
-	Failed      uint64 `json:"failed"`      // for want of a descriptor, port or memory on the host
-	FlowLimit   uint64 `json:"flow_limit"`  // beyond the limit of flows
-	GuestLimit  uint64 `json:"guest_limit"` // beyond one guest address's share of it
+	Connected    uint64 `json:"connected"`
+	Refused      uint64 `json:"refused"`       // by the target
+	Unreachable  uint64 `json:"unreachable"`   // said a router or the host's kernel
+	TimedOut     uint64 `json:"timed_out"`     // nobody answered
+	Denied       uint64 `json:"denied"`        // by policy
+	Cancelled    uint64 `json:"cancelled"`     // the guest gave up first
+	Failed       uint64 `json:"failed"`        // for want of a descriptor, port or memory on the host
+	FlowLimit    uint64 `json:"flow_limit"`    // beyond the limit of flows
+	GuestLimit   uint64 `json:"guest_limit"`   // beyond one guest address's, or client's, share of it
+	InboundLimit uint64 `json:"inbound_limit"` // clients of published ports beyond the limit of those that wait for the guest
 }
 
 // Stats is what happened to the guest's flows.
@@ -31,7 +32,7 @@ func (f *Forwarder) Stats() Stats {
 			Flows: f.tcp.len(), Limit: f.tcp.most,
 			Connected: c.connected.Load(), Refused: c.refused.Load(), Unreachable: c.unreachable.Load(),
 			TimedOut: c.timedOut.Load(), Denied: c.denied.Load(), Cancelled: c.cancelled.Load(), Failed: c.failed.Load(),
-			FlowLimit: f.tcp.refused.Load(), GuestLimit: f.tcp.refusedGuest.Load(),
+			FlowLimit: f.tcp.refused.Load(), GuestLimit: f.tcp.refusedGuest.Load(), InboundLimit: f.in.limited(),
 		},
 		UDP:  f.udp.stats(),
 		Ping: f.pings.stats(),

@@ -90,6 +90,15 @@ type udpSocket interface {
 	close()
 }
 
+// udpOwner is who a socket receives for.
+type udpOwner interface {
+	// fromHost takes a datagram, or a train of them, that arrived with the given hops.
+	// The payload is borrowed.
+	fromHost(from netip.AddrPort, payload []byte, segment int, hops, tos uint8)
+	hostError(hostError)
+	lost(n uint32) // datagrams that nobody read in time
+}
+
 // udpSockets opens sockets. What a socket receives goes to the mapping's fromHost and
 // hostError, until the socket's close and at times just after.
 type udpSockets interface {

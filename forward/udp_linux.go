@@ -13,7 +13,10 @@ import (
 )
 
 // hostUDPSockets opens the host's UDP sockets.
-type hostUDPSockets struct{ poll poller }
+type hostUDPSockets struct {
+	poll         poller
+	icmp4, icmp6 icmpToClients
+}
 
 func newUDPSockets() udpSockets { return new(hostUDPSockets) }
 
@@ -30,15 +33,26 @@ func (u *hostUDPSockets) open(v6 bool, m *udpMapping) (udpSocket, error) {
 	if v6 { // its port must not take the IPv4 one as well
 		unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1)
 	}
-	unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1) // Linux 5.0; without it datagrams come one by one
-	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RXQ_OVFL, 1)
-	s := &hostUDP{mapping: m, poll: &u.poll, header: headerOptions{v6: v6}}
+	receiveTrains(fd)
+	return u.watch(fd, v6, m)
+}
+
+// watch makes fd the socket of owner. It takes fd.
+func (u *hostUDPSockets) watch(fd int, v6 bool, owner udpOwner) (udpSocket, error) {
+	s := &hostUDP{owner: owner, poll: &u.poll, udpSender: udpSender{header: headerOptions{v6: v6}}}
 	s.fd.open(fd)
-	if err := u.poll.add(fd, s); err != nil {
+	if err := u.poll.addAnywhere(fd, s); err != nil {
 		s.fd.close()
 		return nil, err
 	}
 	return s, nil
+}
+
+// receiveTrains has fd receive several datagrams at once and tell what it lost, where
+// the kernel can.
+func receiveTrains(fd int) {
+	unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1) // Linux 5.0; without it datagrams come one by one
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RXQ_OVFL, 1)
 }
 
 func (u *hostUDPSockets) close() { u.poll.close() }
@@ -142,19 +156,21 @@ func (o *headerOptions) option(fd, opt4, opt6, value int) {
 	unix.SetsockoptInt(fd, unix.SOL_IP, opt4, value)
 }
 
-// hostUDP is a mapping's host socket.
-type hostUDP struct {
-	mapping *udpMapping
-	poll    *poller
-	fd      sharedFD
-
-	// of the sender
+// udpSender sends from a UDP socket.
+type udpSender struct {
+	fd     sharedFD
 	header headerOptions
 	to4    unix.SockaddrInet4
 	to6    unix.SockaddrInet6
-	oob    [32]byte // a control message with UDP_SEGMENT
+	oob    [96]byte // control messages: where from, and UDP_SEGMENT
 	noGSO  bool     // the route's device cannot, or the kernel is too old
+}
 
+// hostUDP is a mapping's host socket.
+type hostUDP struct {
+	udpSender
+	owner   udpOwner
+	poll    *poller
 	overrun uint32 // of the receiver: what ancillary said last
 }
 
@@ -170,26 +186,40 @@ func socketShare() int {
 
 // send implements udpSocket.
 func (s *hostUDP) send(d flow.Datagram, to netip.AddrPort) error {
+	return s.sendFrom(d, netip.Addr{}, to)
+}
+
+// sendFrom is udpSocket.send from one of the socket's addresses; the zero Addr leaves it
+// to the kernel.
+func (s *udpSender) sendFrom(d flow.Datagram, from netip.Addr, to netip.AddrPort) error {
 	if !s.fd.use() {
 		return errMappingClosed
 	}
 	defer s.fd.done()
 	s.header.set(s.fd.fd, d.Hops, d.TOS, d.DontFragment)
-	sa := s.sockaddr(to)
+	sa, oob := s.sockaddr(to), s.fromOOB(from)
 	if d.Segment <= 0 || len(d.Payload) <= d.Segment {
-		return s.sendOne(d.Payload, nil, sa, to)
+		return s.sendOne(d.Payload, oob, false, sa, to)
 	}
-	return s.sendTrain(&d, sa, to)
+	return s.sendTrain(&d, oob, sa, to)
 }
 
 // sockaddr makes the kernel's form of to without an allocation.
-func (s *hostUDP) sockaddr(to netip.AddrPort) unix.Sockaddr {
+func (s *udpSender) sockaddr(to netip.AddrPort) unix.Sockaddr {
 	if s.header.v6 {
-		s.to6.Port, s.to6.Addr = int(to.Port()), to.Addr().As16()
+		s.to6.Port, s.to6.Addr, s.to6.ZoneId = int(to.Port()), to.Addr().As16(), zoneOf(to.Addr())
 		return &s.to6
 	}
 	s.to4.Port, s.to4.Addr = int(to.Port()), to.Addr().As4()
 	return &s.to4
+}
+
+// fromOOB makes the control message that chooses the source address, nil for none.
+func (s *udpSender) fromOOB(from netip.Addr) []byte {
+	if !from.IsValid() {
+		return nil
+	}
+	return putPktinfo(s.oob[:], from)
 }
 
 // gsoSegments is how many datagrams every kernel with UDP_SEGMENT takes at once.
@@ -197,11 +227,11 @@ const gsoSegments = 64
 
 // sendTrain sends d's datagrams with as few calls as the kernel allows. It stops at
 // the first that fails.
-func (s *hostUDP) sendTrain(d *flow.Datagram, sa unix.Sockaddr, to netip.AddrPort) error {
+func (s *udpSender) sendTrain(d *flow.Datagram, oob []byte, sa unix.Sockaddr, to netip.AddrPort) error {
 	for rest := d.Payload; len(rest) > 0; {
 		n := min(len(rest), d.Segment*gsoSegments)
 		if !s.noGSO && n > d.Segment {
-			err := s.sendOne(rest[:n], s.segmentOOB(d.Segment), sa, to)
+			err := s.sendOne(rest[:n], s.segmentOOB(oob, d.Segment), true, sa, to)
 			if err == nil || err == errSocketFull {
 				rest = rest[n:]
 				continue
@@ -212,7 +242,7 @@ func (s *hostUDP) sendTrain(d *flow.Datagram, sa unix.Sockaddr, to netip.AddrPor
 		}
 		for part := rest[:n]; len(part) > 0; {
 			k := min(len(part), d.Segment)
-			if err := s.sendOne(part[:k], nil, sa, to); err != nil {
+			if err := s.sendOne(part[:k], oob, false, sa, to); err != nil {
 				return err
 			}
 			part = part[k:]
@@ -222,17 +252,19 @@ func (s *hostUDP) sendTrain(d *flow.Datagram, sa unix.Sockaddr, to netip.AddrPor
 	return nil
 }
 
-// segmentOOB makes the control message UDP_SEGMENT.
-func (s *hostUDP) segmentOOB(size int) []byte {
-	oob := s.oob[:unix.CmsgSpace(2)]
-	putCmsgHeader(oob, unix.SOL_UDP, unix.UDP_SEGMENT, 2)
-	binary.NativeEndian.PutUint16(oob[unix.CmsgLen(0):], uint16(size))
-	return oob
+// segmentOOB adds the control message UDP_SEGMENT to oob, which is nil or the begin
+// of s.oob.
+func (s *udpSender) segmentOOB(oob []byte, size int) []byte {
+	n := len(oob)
+	all := s.oob[:n+unix.CmsgSpace(2)]
+	putCmsgHeader(all[n:], unix.SOL_UDP, unix.UDP_SEGMENT, 2)
+	binary.NativeEndian.PutUint16(all[n+unix.CmsgLen(0):], uint16(size))
+	return all
 }
 
 // sendOne sends one message. An error that an earlier datagram left on the socket is
 // not this one's: it is taken off, and the message sent again.
-func (s *hostUDP) sendOne(payload, oob []byte, sa unix.Sockaddr, to netip.AddrPort) error {
+func (s *udpSender) sendOne(payload, oob []byte, train bool, sa unix.Sockaddr, to netip.AddrPort) error {
 	fd := s.fd.fd
 	err := sendMsg(fd, payload, oob, sa)
 	if err == nil {
@@ -248,7 +280,7 @@ func (s *hostUDP) sendOne(payload, oob []byte, sa unix.Sockaddr, to netip.AddrPo
 	if isFull(err) {
 		return errSocketFull
 	}
-	if errors.Is(err, unix.EMSGSIZE) && oob == nil {
+	if errors.Is(err, unix.EMSGSIZE) && !train {
 		if mtu := routeMTU(to); mtu != 0 {
 			return &tooBigError{mtu}
 		}
@@ -331,21 +363,28 @@ func (s *hostUDP) ready(events uint32, rx *recvBatch) {
 }
 
 func (s *hostUDP) relayError(e sentError) {
-	s.mapping.hostError(hostError{
+	s.owner.hostError(hostError{
 		ICMP: flow.ICMP{Type: e.typ, Code: e.code}, from: e.from, to: e.to, mtu: e.mtu, quote: e.quote,
 	})
 }
 
-// relay passes n received messages on. Datagrams of one sender and size that follow
-// each other become a train, which costs the guest's side one packet.
+// relay passes n received messages on.
 func (s *hostUDP) relay(rx *recvBatch, n int) {
+	rx.trains(n, func(from netip.AddrPort, b []byte, a ancillary) {
+		if a.overrun > s.overrun {
+			s.owner.lost(a.overrun - s.overrun)
+			s.overrun = a.overrun
+		}
+		s.owner.fromHost(from, b, a.segment, a.hops, a.tos)
+	})
+}
+
+// trains calls f for n received messages. Datagrams of one sender and size that follow
+// each other become a train, which costs the guest's side one packet.
+func (rx *recvBatch) trains(n int, f func(from netip.AddrPort, b []byte, a ancillary)) {
 	for i := 0; i < n; {
 		from, a, b := rx.from(i), parseAncillary(rx.oob(i)), rx.payload(i)
 		i++
-		if a.overrun > s.overrun {
-			s.mapping.maps.count.overrun.Add(uint64(a.overrun - s.overrun))
-			s.overrun = a.overrun
-		}
 		if a.segment >= len(b) {
 			a.segment = 0
 		}
@@ -356,15 +395,17 @@ func (s *hostUDP) relay(rx *recvBatch, n int) {
 				len(b)%size != 0 || rx.from(i) != from {
 				break
 			}
-			if other := parseAncillary(rx.oob(i)); other.segment != 0 || !other.like(a) {
+			other := parseAncillary(rx.oob(i))
+			if other.segment != 0 || !other.like(a) {
 				break
 			}
+			a.overrun = max(a.overrun, other.overrun)
 			b = append(b, next...) // b has the capacity of the whole buffer
 		}
 		if len(b) > size {
 			a.segment = size
 		}
-		s.mapping.fromHost(from, b, a.segment, a.hops, a.tos)
+		f(from, b, a)
 	}
 }
 

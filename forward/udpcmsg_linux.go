@@ -3,6 +3,7 @@ package forward
 import (
 	"encoding/binary"
 	"net/netip"
+	"strconv"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -14,13 +15,17 @@ type ancillary struct {
 	hops    uint8 // TTL or hop limit on arrival
 	tos     uint8
 
+	local netip.Addr // where it was sent to; the zero Addr if that was not asked for
+
 	// overrun counts what the kernel has dropped since the socket's start because we
 	// were slow; 0 also when it does not say.
 	overrun uint32
 }
 
 // like reports whether two datagrams' packets looked the same.
-func (a ancillary) like(b ancillary) bool { return a.hops == b.hops && a.tos == b.tos }
+func (a ancillary) like(b ancillary) bool {
+	return a.hops == b.hops && a.tos == b.tos && a.local == b.local
+}
 
 // parseAncillary reads the control messages in oob. Others, and broken ones, are
 // skipped.
@@ -41,9 +46,50 @@ func parseAncillary(oob []byte) (a ancillary) {
 			a.tos = uint8(cmsgNumber(data))
 		case h.Level == unix.SOL_SOCKET && h.Type == unix.SO_RXQ_OVFL:
 			a.overrun = cmsgNumber(data)
+		case h.Level == unix.SOL_IP && h.Type == unix.IP_PKTINFO && len(data) >= unix.SizeofInet4Pktinfo:
+			a.local = netip.AddrFrom4([4]byte(data[4:8])) // ipi_spec_dst: where to answer from
+		case h.Level == unix.SOL_IPV6 && h.Type == unix.IPV6_PKTINFO && len(data) >= unix.SizeofInet6Pktinfo:
+			a.local = netip.AddrFrom16([16]byte(data[:16]))
 		}
 	}
 	return a
+}
+
+// putPktinfo writes the control message that has a datagram leave from a to the begin of
+// oob, and returns it.
+func putPktinfo(oob []byte, a netip.Addr) []byte {
+	n := unix.SizeofInet6Pktinfo
+	if a.Is4() {
+		n = unix.SizeofInet4Pktinfo
+	}
+	oob = oob[:unix.CmsgSpace(n)]
+	clear(oob)
+	data := oob[unix.CmsgLen(0):]
+	if a.Is4() {
+		putCmsgHeader(oob, unix.SOL_IP, unix.IP_PKTINFO, n)
+		*(*[4]byte)(data[4:8]) = a.As4() // the interface, 0, is the route's
+		return oob
+	}
+	putCmsgHeader(oob, unix.SOL_IPV6, unix.IPV6_PKTINFO, n)
+	*(*[16]byte)(data[:16]) = a.As16()
+	return oob
+}
+
+// zoned gives a link-local address the interface that it is behind, and zoneOf reads
+// it; others have none.
+func zoned(a netip.Addr, iface uint32) netip.Addr {
+	if !a.IsLinkLocalUnicast() || a.Is4() {
+		return a
+	}
+	return a.WithZone(strconv.FormatUint(uint64(iface), 10))
+}
+
+func zoneOf(a netip.Addr) uint32 {
+	if a.Zone() == "" {
+		return 0
+	}
+	n, _ := strconv.ParseUint(a.Zone(), 10, 32)
+	return uint32(n)
 }
 
 // cmsgNumber reads an int, or the single byte of IP_TOS.

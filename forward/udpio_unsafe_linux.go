@@ -17,8 +17,9 @@ const (
 	// and the longest train (UDP_GRO).
 	recvBufLen = 64 << 10
 
-	// recvOOBLen holds the control messages we ask for: four of at most 24 bytes.
-	recvOOBLen = 128
+	// recvOOBLen holds the control messages we ask for: four of at most 24 bytes, and
+	// one of 40.
+	recvOOBLen = 160
 )
 
 // recvBatch receives several messages at once. Its memory is touched only as far as
@@ -85,7 +86,7 @@ func (b *recvBatch) from(i int) netip.AddrPort {
 	case unix.AF_INET:
 		return netip.AddrPortFrom(netip.AddrFrom4((*unix.RawSockaddrInet4)(unsafe.Pointer(n)).Addr), port)
 	case unix.AF_INET6:
-		return netip.AddrPortFrom(netip.AddrFrom16(n.Addr), port)
+		return netip.AddrPortFrom(zoned(netip.AddrFrom16(n.Addr), n.Scope_id), port)
 	}
 	return netip.AddrPort{}
 }

@@ -146,6 +146,9 @@ func (m *udpMapping) fromHost(from netip.AddrPort, payload []byte, segment int, 
 	})
 }
 
+// lost implements udpOwner.
+func (m *udpMapping) lost(n uint32) { m.maps.count.overrun.Add(uint64(n)) }
+
 // hostError passes an ICMP message about a datagram of this mapping on to the guest.
 func (m *udpMapping) hostError(e hostError) {
 	u := m.maps

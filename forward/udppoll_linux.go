@@ -84,6 +84,16 @@ func (p *poller) add(fd int, s pollable) error {
 	return nil
 }
 
+// addAnywhere is add on any thread.
+func (p *poller) addAnywhere(fd int, s pollable) error {
+	if p.on == nil || p.on.loop.Inside() {
+		return p.add(fd, s)
+	}
+	err := errPollerClosed
+	p.on.loop.Do(func() { err = p.add(fd, s) })
+	return err
+}
+
 // again has ready called once more for fd if there is still something to read: setting
 // the events anew repeats the edge (epoll(7)). Only ready may call it.
 func (p *poller) again(fd int) {

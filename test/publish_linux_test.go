@@ -296,6 +296,7 @@ func dockerPort(port, containerPort int) (rules []string) {
 type publishable struct {
 	*guest
 	bridge *bridge
+	direct bool // its rules let packets from outside in to containers, and slipway knows
 }
 
 const (
@@ -361,9 +362,25 @@ func clientsOf(n *topo.Topology, f family) (loopback, own, other client) {
 type sourceForm struct {
 	name     string
 	port     int
-	specific bool   // listens on the host's address, not on all
-	loopback bool   // listens on the loopback
-	want     string // seen of clients that are not on the loopback: "client", "loopback"
+	specific bool // listens on the host's address, not on all
+	loopback bool // listens on the loopback
+	inside   bool // leads to a container's address, not to the engine's
+	self     bool // leads to the guest's own loopback
+}
+
+// want is what the guest sees of a client, by docs/publish.md.
+func (form sourceForm) want(k kind, direct bool, proto string, c client) string {
+	switch {
+	case form.self:
+		return "loopback"
+	case form.inside && !direct && proto == "tcp" && k.kernel():
+		return "gateway"
+	case form.inside && !direct:
+		return "bridge"
+	case c.from.IsLoopback():
+		return "gateway"
+	}
+	return "client"
 }
 
 // TestPublishSourceAddress: the table of docs/publish.md, every row for TCP and UDP, IPv4
@@ -371,14 +388,14 @@ type sourceForm struct {
 func TestPublishSourceAddress(t *testing.T) {
 	eachPublishable(t, engineOptions{}, func(t *testing.T, p *publishable) {
 		forms := []sourceForm{
-			{name: "all addresses, a container behind DNAT", port: 18080, want: "client"},
-			{name: "all addresses, the namespace", port: 18081, want: "client"},
-			{name: "an address, a container", port: 18082, specific: true, want: "client"},
-			{name: "the loopback, a container", port: 18083, loopback: true, want: "client"},
-			{name: "all addresses, the guest's loopback", port: 18084, want: "loopback"},
-			{name: "docker-proxy, all addresses", port: 18085, want: "client"},
-			{name: "docker-proxy, an address", port: 18086, specific: true, want: "client"},
-			{name: "docker-proxy, the loopback", port: 18087, loopback: true, want: "client"},
+			{name: "all addresses, a container behind DNAT", port: 18080},
+			{name: "all addresses, the namespace", port: 18081},
+			{name: "an address, a container", port: 18082, specific: true, inside: true},
+			{name: "the loopback, a container", port: 18083, loopback: true, inside: true},
+			{name: "all addresses, the guest's loopback", port: 18084, self: true},
+			{name: "docker-proxy, all addresses", port: 18085},
+			{name: "docker-proxy, an address", port: 18086, specific: true, inside: true},
+			{name: "docker-proxy, the loopback", port: 18087, loopback: true, inside: true},
 		}
 		p.publishForms(t)
 		var wg sync.WaitGroup
@@ -456,11 +473,7 @@ func (p *publishable) expectForm(t *testing.T, form sourceForm, f family, proto 
 // expectSource compares what the guest saw with the row.
 func (p *publishable) expectSource(t *testing.T, form sourceForm, f family, proto string, c client, to netip.Addr) {
 	s, err := c.ask(proto, netip.AddrPortFrom(to, uint16(form.port)))
-	want := form.want
-	if want == "client" && c.from.IsLoopback() {
-		want = "gateway"
-	}
-	if problem := s.differs(want, f); err != nil || problem != "" {
+	if problem := s.differs(form.want(p.kind, p.direct, proto, c), f); err != nil || problem != "" {
 		t.Errorf("%s, %s, %s, from %s: %s %v", form.name, proto, f.name, c.name, problem, err)
 	}
 }

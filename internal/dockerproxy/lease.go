@@ -15,7 +15,7 @@ import (
 // Times of a lease.
 const (
 	redialFirst = 50 * time.Millisecond // between tries to reach the daemon: it may just be starting
-	redialMost  = 5 * time.Second
+	redialMost  = 2 * time.Second
 	closeWait   = 2 * time.Second // dockerd waits for our end, and the daemon sees it by itself
 )
 
