@@ -59,8 +59,8 @@ func (b *Book) reserve(owner string, asked flow.PortSpec) (e *entry, found bool,
 		if err != nil {
 			return nil, false, err
 		}
-		if e := b.conflictLocked(asked.Proto, claims); e != nil {
-			if !b.waitLocked(e) {
+		if e := b.conflictLocked(owner, asked.Proto, claims); e != nil {
+			if !b.waitLocked(e) && !b.yieldLocked(e, owner) {
 				return nil, false, e.conflict(asked, claims)
 			}
 			continue
@@ -95,20 +95,35 @@ func (b *Book) ownLocked(owner string, asked flow.PortSpec) *entry {
 	return nil
 }
 
-// conflictLocked returns an entry that listens where claims are.
-func (b *Book) conflictLocked(proto flow.Proto, claims []netip.AddrPort) *entry {
+// conflictLocked returns an entry that listens where claims are, one that does not
+// yield to owner if there is one.
+func (b *Book) conflictLocked(owner string, proto flow.Proto, claims []netip.AddrPort) (yields *entry) {
 	port := claims[0].Port()
 	if port == 0 {
 		return nil
 	}
 	for _, e := range b.taken[portKey{proto, port}] {
 		for _, c := range e.claims {
-			if slices.ContainsFunc(claims, func(d netip.AddrPort) bool { return overlap(c.Addr(), d.Addr()) }) {
+			if !slices.ContainsFunc(claims, func(d netip.AddrPort) bool { return overlap(c.Addr(), d.Addr()) }) {
+				continue
+			}
+			if !b.yields(e, owner) {
 				return e
 			}
+			yields = e
 		}
 	}
-	return nil
+	return yields
+}
+
+// yields reports whether e gives way to owner.
+func (b *Book) yields(e *entry, owner string) bool {
+	return b.cfg.Yields != "" && e.owner == b.cfg.Yields && owner != e.owner
+}
+
+// yieldLocked withdraws e if it gives way to owner. The lock is not held meanwhile.
+func (b *Book) yieldLocked(e *entry, owner string) bool {
+	return b.yields(e, owner) && b.dropLocked(e)
 }
 
 // enterLocked makes a busy entry.
@@ -182,6 +197,11 @@ func (b *Book) forgetLocked(e *entry) {
 func (b *Book) drop(e *entry) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	return b.dropLocked(e)
+}
+
+// dropLocked is drop, and does not hold the lock while it waits.
+func (b *Book) dropLocked(e *entry) bool {
 	for b.waitLocked(e) {
 	}
 	if e.gone {

@@ -205,7 +205,7 @@ func (b *Book) explain(e *entry, err error) error {
 	spec.Host = failed.at
 	switch {
 	case errors.Is(err, errInUse):
-		return b.inUse(spec)
+		return b.inUse(e.owner, spec)
 	case errors.Is(err, errNoAddress):
 		return &SpecError{spec, fmt.Sprintf("%v is not an address of this host", failed.at.Addr())}
 	case errors.Is(err, errNoFamily):
@@ -218,13 +218,13 @@ func (b *Book) explain(e *entry, err error) error {
 	return fmt.Errorf("publish %s: %w", name(spec), failed.err)
 }
 
-// inUse names the holder of an address that could not be had.
-func (b *Book) inUse(spec flow.PortSpec) error {
+// inUse names the holder of an address that owner could not have.
+func (b *Book) inUse(owner string, spec flow.PortSpec) error {
 	if spec.Host.Port() == 0 {
 		return &limitError{spec, "the host has no free port", ""}
 	}
 	b.mu.Lock()
-	own := b.conflictLocked(spec.Proto, []netip.AddrPort{spec.Host})
+	own := b.conflictLocked(owner, spec.Proto, []netip.AddrPort{spec.Host})
 	b.mu.Unlock()
 	if own != nil {
 		return own.conflict(spec, []netip.AddrPort{spec.Host})

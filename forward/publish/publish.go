@@ -43,6 +43,10 @@ type Config struct {
 	// unless that is the engine's own or a loopback address; it may wait. nil admits all.
 	Inside func(netip.Addr) error
 
+	// Yields is an owner whose ports give way to everybody else's: auto publish may
+	// see what dockerd listens on before docker-proxy asks for the port. "" is nobody.
+	Yields string
+
 	// Max is how many ports there may be; 0 stands for 16384. Whatever it is, the
 	// sockets are never more than a quarter of the process' limit of descriptors.
 	Max int

@@ -169,6 +169,37 @@ func TestConflict(t *testing.T) {
 	}
 }
 
+// Auto publish gives way to everybody, unless that is in vain, and nobody to auto publish.
+func TestYields(t *testing.T) {
+	b, c := newBook(t, Config{Yields: "auto"})
+	port := freePort(t)
+	fill := func(s string) flow.PortSpec { return spec(t, fmt.Sprintf(s, port)) }
+	conflict := func(owner, s string) {
+		t.Helper()
+		var taken *ConflictError
+		if _, err := b.Add(owner, fill(s)); !errors.As(err, &taken) {
+			t.Errorf("Add(%s, "+s+"): %v, want a conflict", owner, port, err)
+		}
+	}
+	add(t, b, "auto", fill("127.0.0.1:%d:80"))
+	add(t, b, "auto", fill("127.0.0.2:%d:80"))
+	conflict("auto", "0.0.0.0:%d:80")
+	v6 := add(t, b, "one", fill("[::]:%d:80"))
+	conflict("two", "%d:80")
+	if n := len(b.List()); n != 3 {
+		t.Errorf("%d ports, want 3: nobody gives way in vain", n)
+	}
+	p := add(t, b, "one", fill("0.0.0.0:%d:80"))
+	if got := ids(b); !slices.Equal(got, []uint64{v6.ID, p.ID}) || c.isOpen() != 2 {
+		t.Errorf("ports %v with %d sockets, want %d and %d", got, c.isOpen(), v6.ID, p.ID)
+	}
+	if got := tells(t, flow.TCP, p.Listens[0]); got != fmt.Sprint(p.ID) {
+		t.Errorf("the port tells %q, want %d", got, p.ID)
+	}
+	conflict("auto", "127.0.0.1:%d:80")
+	conflict("two", "127.0.0.1:%d:80")
+}
+
 // A port of somebody else's, in one of two families: nothing is left half-published.
 func TestTakenInOneFamily(t *testing.T) {
 	for _, addr := range []string{"127.0.0.1:0", "[::1]:0"} {
@@ -603,7 +634,7 @@ func TestThousand(t *testing.T) {
 
 // Everybody at once on a few ports: whatever is answered is so.
 func TestConcurrent(t *testing.T) {
-	b, c := newBook(t, Config{})
+	b, c := newBook(t, Config{Yields: "owner0"})
 	base := spec(t, "127.0.0.1:0:80")
 	var specs []flow.PortSpec
 	for range 8 {
