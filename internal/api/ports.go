@@ -49,7 +49,7 @@ type PortCounters struct {
 	Refused uint64 `json:"refused"` // the guest did not want them
 	Gateway uint64 `json:"gateway"` // came from the gateway although their address was to be kept
 	Dropped uint64 `json:"dropped"` // datagrams
-	Errors  uint64 `json:"errors"`  // of accepting
+	Errors  uint64 `json:"errors"`  // of accepting, or reading datagrams
 }
 
 // Info says what serves the ports.
