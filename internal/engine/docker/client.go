@@ -126,6 +126,17 @@ func (c *client) inspect(ctx context.Context, l *container) error {
 	return err
 }
 
+// manages reports whether the engine manages a swarm, so that it can be asked for
+// services: dockerd calls any other question about them an error in its log. One that
+// does not say so may be asked.
+func (c *client) manages(ctx context.Context) bool {
+	var info struct {
+		Swarm *struct{ ControlAvailable bool }
+	}
+	_, err := c.get(ctx, "/info", &info)
+	return err != nil || info.Swarm == nil || info.Swarm.ControlAvailable
+}
+
 // services lists a swarm's services.
 func (c *client) services(ctx context.Context) (list []service, err error) {
 	_, err = c.get(ctx, "/services", &list)

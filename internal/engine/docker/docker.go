@@ -197,6 +197,10 @@ func (w *watcher) list(ctx context.Context, limit time.Duration) error {
 // ingress returns the ports of a swarm's services. A manager without a leader still
 // serves the ones it had.
 func (w *watcher) ingress(ctx context.Context) ([]flow.PortSpec, error) {
+	if !w.api.manages(ctx) {
+		w.services = nil
+		return nil, nil
+	}
 	services, err := w.api.services(ctx)
 	refused := (*statusError)(nil)
 	switch {

@@ -325,6 +325,15 @@ func TestSwarm(t *testing.T) {
 	e.says("/services", answer{http.StatusServiceUnavailable, `{"message":"This node is not a swarm manager."}`, ""}, event)
 	eventually(t, "the container's", func() bool { return b.has(8080) })
 	eventually(t, "nothing", func() bool { return only.has() })
+
+	// One that is not in a swarm is not asked.
+	e.says("/services", services)
+	e.says("/info", answer{body: `{"Swarm":{"LocalNodeState":"inactive","ControlAvailable":false}}`}, event)
+	asked, known := e.count("/services"), e.count("/info")
+	eventually(t, "both have looked again", func() bool { return e.count("/info") >= known+6 })
+	if n := e.count("/services"); n > asked+2 || !only.has() { // two may have been on their way
+		t.Errorf("an engine without a swarm was asked for its services %d times", n-asked)
+	}
 }
 
 // TestNonsense: what is no list withdraws nothing.
