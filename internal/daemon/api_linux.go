@@ -47,7 +47,7 @@ func (b backend) Flows() []*flow.Flow { return b.table.Snapshot() }
 // Exec implements api.Backend.
 func (b backend) Exec(ctx context.Context, r api.ExecRequest, stdio [3]*os.File) (api.Process, error) {
 	p, err := b.agent.Exec(ctx, nsagent.Command{
-		Args: r.Args, Env: r.Env, Dir: string(r.Dir), TTY: r.TTY,
+		Args: r.Args, Env: b.guestEnv(r.Env), Dir: string(r.Dir), TTY: r.TTY,
 		Stdin: stdio[0], Stdout: stdio[1], Stderr: stdio[2],
 	})
 	if err != nil {
@@ -90,6 +90,7 @@ func (b backend) Status() api.Status {
 			"tcp":      counters(forwarded.TCP),
 			"udp":      counters(forwarded.UDP),
 			"ping":     counters(forwarded.Ping),
+			"publish":  e.publishCounters(),
 			"dns":      counters(e.dns.Stats()),
 		},
 		Warnings: e.statusWarnings(report),
@@ -154,6 +155,7 @@ func (e *engine) statusWarnings(r nsagent.Report) []string {
 		{"/sys shows the host's network devices", r.Sys},
 		{"the guest has no IPv6", r.IPv6},
 		{"ping inside needs root", r.PingNote},
+		{"containers' ports cannot be published on one address of the host", r.NonlocalBind},
 	} {
 		if w.why != "" {
 			out = append(out, w.what+": "+w.why)

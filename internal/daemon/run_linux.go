@@ -12,6 +12,7 @@ import (
 
 	"github.com/slipway-net/slipway/dns"
 	"github.com/slipway-net/slipway/forward"
+	"github.com/slipway-net/slipway/forward/publish"
 	"github.com/slipway-net/slipway/internal/config"
 	"github.com/slipway-net/slipway/internal/flow/table"
 	"github.com/slipway-net/slipway/internal/nsagent"
@@ -28,6 +29,7 @@ import (
 //	agent             namespaces, device, routes; from now on a process may exist inside
 //	stack, forward    the device's packets are served
 //	dns               on the gateway, in the stack
+//	published ports   those of the configuration; they have to work
 //	api               on the socket in the state directory
 //	command           the guest; nobody else is started once it runs
 //
@@ -65,6 +67,8 @@ type engine struct {
 	forward *forward.Forwarder
 	dns     *dns.Server
 	kernel  *kernelPath // nil without
+	doors   *doors
+	book    *publish.Book // nil before the services are made
 
 	pathWhy string // why the kernel path is used, or not
 }
@@ -107,6 +111,11 @@ func (e *engine) run(ctx context.Context) (code int, err error) {
 	}
 	if err := e.writeFiles(); err != nil {
 		return 0, err
+	}
+	if e.isDockerd() {
+		if err := e.prepareDockerd(ctx); err != nil {
+			return 0, err
+		}
 	}
 	if e.agent, err = nsagent.Start(ctx, e.spec(), e.log); err != nil {
 		if sig := e.interrupted(signals); sig != 0 { // it may have ended the agent, too
@@ -221,6 +230,7 @@ func (e *engine) makeServices(s *services, tun *os.File) error {
 		Guest: e.stack, Table: e.table, Policy: e.policy, Log: e.log, MaxUDP: e.cfg.MaxUDP,
 	})
 	s.onStop(e.forward.Close)
+	e.openBook(s)
 	e.dns = dns.New(dns.Config{Names: n.names(), Subnets: n.subnets(), Upstreams: n.upstreams, Log: e.log})
 	if e.kernel != nil {
 		return e.kernel.open(s, e)
@@ -244,6 +254,15 @@ func (e *engine) addServices(s *services) error {
 		return err
 	}
 	s.start("dns", func(ctx context.Context) error { return e.dns.Serve(ctx, packets, streams) })
+	if err := e.publishConfigured(); err != nil {
+		return err
+	}
+	if err := e.addGuestSocket(s); err != nil {
+		return err
+	}
+	if err := e.addWatchers(s); err != nil {
+		return err
+	}
 	return e.addAPI(s)
 }
 
@@ -257,7 +276,7 @@ func (e *engine) startMain(ctx context.Context) error {
 		dir, _ = os.Getwd() // a directory that was removed: the agent's own
 	}
 	p, err := e.agent.Exec(ctx, nsagent.Command{
-		Args: e.opts.Command, Env: e.opts.Env, Dir: dir,
+		Args: e.opts.Command, Env: e.guestEnv(e.opts.Env), Dir: dir,
 		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr,
 		Main: true,
 	})
@@ -286,6 +305,7 @@ func (e *engine) spec() nsagent.Spec {
 		IdentitySNAT:  true,
 		KernelPath:    e.cfg.Path != config.PathNetstack,
 		PingRange:     true,
+		NonlocalBind:  e.isDockerd(),
 		StopTimeout:   e.cfg.StopTimeout,
 	}
 	if s.StopTimeout == 0 {

@@ -222,6 +222,9 @@ func (e *engine) detached(s *services) error {
 	return nil
 }
 
+// liveKeys are the settings that reload takes over.
+var liveKeys = []string{"log_level", "publish", "publish_bind", "publish_ports", "source_ip"}
+
 // reload reads the configuration again, takes over what can change while an engine
 // runs, and says what cannot.
 func (e *engine) reload() {
@@ -245,11 +248,14 @@ func (e *engine) reload() {
 	}
 	var restart []string
 	for i := range now {
-		if now[i].Value != was[i].Value && now[i].Key != "log_level" {
+		if now[i].Value != was[i].Value && !slices.Contains(liveKeys, now[i].Key) {
 			restart = append(restart, now[i].Key)
 		}
 	}
 	e.level.Set(settings.LogLevel)
+	if e.book != nil {
+		e.reloadPorts(settings.Settings)
+	}
 	e.log.Info("configuration read again", slog.String("log_level", settings.LogLevel.String()))
 	if len(restart) > 0 {
 		e.log.Warn("changed settings need a restart of the engine", slog.String("settings", strings.Join(restart, " ")))

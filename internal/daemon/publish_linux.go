@@ -1,0 +1,252 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"syscall"
+	"time"
+
+	"github.com/slipway-net/slipway/forward"
+	"github.com/slipway-net/slipway/forward/publish"
+	"github.com/slipway-net/slipway/internal/api"
+	"github.com/slipway-net/slipway/internal/config"
+	"github.com/slipway-net/slipway/internal/flow"
+)
+
+// Theory of operation.
+//
+// The book (forward/publish) knows which ports are published and has their listening
+// sockets; forward carries the clients; the doors (doors_linux.go) are what forward
+// needs to get into the guest. Whoever wants ports published is an owner of the book:
+//
+//	config          publish of the configuration and -p; they have to work, or the engine does not start
+//	api             `slipway ports add` and other clients of the control API, until removed
+//	guest:...       one connection of guest.sock, for as long as it lasts
+//	docker          what runs in the engine, by its API
+//	auto            what listens in the guest
+//
+// The last two are lists that are reconciled: what cannot be published is logged once and
+// tried again with the next list.
+
+// Owners of published ports.
+const (
+	ownerConfig = "config"
+	ownerDocker = "docker"
+	ownerAuto   = "auto"
+)
+
+// openBook makes the book of published ports.
+func (e *engine) openBook(s *services) {
+	e.doors = e.newDoors()
+	e.forward.SetDoors(e.doors)
+	e.book = publish.New(publish.Config{
+		Guest4: e.net.Guest4, Guest6: e.net.Guest6,
+		Carrier: carrier{e},
+		Bind:    e.cfg.PublishBind, Allowed: e.cfg.PublishPorts.Allows, Source: e.cfg.SourceIP,
+		Inside:    e.doors.inside,
+		Inherited: inheritedSockets(),
+		Log:       e.log.With(slog.String("component", "publish")),
+	})
+	s.onStop(e.book.Close)
+}
+
+// publishConfigured publishes what the configuration and the command line ask for.
+func (e *engine) publishConfigured() error {
+	return errors.Join(e.book.Reconcile(ownerConfig, e.cfg.Publish)...)
+}
+
+// reloadPorts takes over what is configured about published ports. Ports of other owners
+// stay as they are.
+func (e *engine) reloadPorts(now config.Settings) {
+	e.book.Update(now.PublishBind, now.PublishPorts.Allows, now.SourceIP)
+	for _, err := range e.book.Reconcile(ownerConfig, now.Publish) {
+		e.log.Error("port not published", slog.Any("err", err))
+	}
+}
+
+// carrier carries the clients of published ports through forward. It implements
+// publish.Carrier.
+type carrier struct{ *engine }
+
+var _ publish.Carrier = carrier{}
+
+// ServeTCP implements publish.Carrier.
+func (c carrier) ServeTCP(ln *net.TCPListener, p *publish.Port) (io.Closer, error) {
+	return c.forward.ServeTCP(ln, c.inbound(ln.Addr(), p))
+}
+
+// ServeUDP implements publish.Carrier.
+func (c carrier) ServeUDP(u *net.UDPConn, p *publish.Port) (io.Closer, error) {
+	return c.forward.ServeUDP(u, c.inbound(u.LocalAddr(), p))
+}
+
+// inbound is p as the data path needs it, for the clients of one of its sockets.
+func (c carrier) inbound(listens net.Addr, p *publish.Port) *forward.Inbound {
+	return &forward.Inbound{
+		Guest:    p.GuestFor(addrPortOf(listens).Addr()),
+		Behind:   p.Spec.Behind,
+		Wildcard: p.Wildcard,
+		Direct:   c.direct(),
+		Preserve: p.Spec.Source != flow.SourceGateway,
+		Proxy:    p.Spec.ProxyProtocol,
+		UDPIdle:  udpIdle(c.agent.Report().UDPTimeout),
+		Count: forward.InboundCounters{
+			Clients: &p.Stats.Clients, Refused: &p.Stats.Refused, Gateway: &p.Stats.Gateway,
+			Dropped: &p.Stats.Dropped, Errors: &p.Stats.Errors,
+		},
+	}
+}
+
+// direct reports whether the engine lets packets from outside in to its containers'
+// addresses. We know it of an engine whose options are ours.
+func (e *engine) direct() bool { return e.isDockerd() }
+
+// How long the mapping of a UDP client lasts after its last datagram: docker-proxy's
+// time, and less than the guest's conntrack remembers the client, with a margin for
+// datagrams on their way.
+const (
+	udpIdleMost   = 90 * time.Second
+	udpIdleMargin = 5 * time.Second
+	udpIdleLeast  = 5 * time.Second
+)
+
+// udpIdle returns that time for a guest whose conntrack remembers for so many seconds;
+// 0 is not known.
+func udpIdle(conntrack int) time.Duration {
+	if conntrack == 0 {
+		return udpIdleMost
+	}
+	return max(udpIdleLeast, min(udpIdleMost, time.Duration(conntrack)*time.Second-udpIdleMargin))
+}
+
+func addrPortOf(a net.Addr) netip.AddrPort {
+	switch a := a.(type) {
+	case *net.TCPAddr:
+		return a.AddrPort()
+	case *net.UDPAddr:
+		return a.AddrPort()
+	}
+	return netip.AddrPort{}
+}
+
+// Info implements api.Backend.
+func (b backend) Info() api.Info {
+	i := api.NewInfo()
+	i.Version, i.StateDir, i.ChildPID = b.opts.Version, b.state.path, b.agent.PID()
+	i.NetworkDriver.DNS = []netip.Addr{b.net.Gateway4}
+	i.NetworkDriver.ChildIP = b.net.Guest4
+	i.NetworkDriver.IPv6 = b.agent.Report().IPv6 == ""
+	return i
+}
+
+// Ports implements api.Backend.
+func (b backend) Ports() []api.Port {
+	ports := b.book.List()
+	out := make([]api.Port, len(ports))
+	for i, p := range ports {
+		out[i] = portOfBook(p)
+	}
+	return out
+}
+
+// AddPort implements api.PortBackend.
+func (b backend) AddPort(_ context.Context, owner string, s flow.PortSpec) (api.Port, error) {
+	p, err := b.book.Add(owner, s)
+	if err != nil {
+		return api.Port{}, publishError(err)
+	}
+	return portOfBook(p), nil
+}
+
+// RemovePort implements api.PortBackend.
+func (b backend) RemovePort(id uint64) error {
+	if err := b.book.Remove(id); err != nil {
+		return publishError(err)
+	}
+	return nil
+}
+
+// portOfBook is p in the API's words.
+func portOfBook(p *publish.Port) api.Port {
+	return api.Port{
+		ID: p.ID, Spec: api.SpecOf(p.Spec), Owner: p.Owner, Since: p.Since, Listens: list(p.Listens),
+		Counters: api.PortCounters{
+			Clients: p.Stats.Clients.Load(), Refused: p.Stats.Refused.Load(), Gateway: p.Stats.Gateway.Load(),
+			Dropped: p.Stats.Dropped.Load(), Errors: p.Stats.Errors.Load(),
+		},
+	}
+}
+
+// publishError is an error of the book as the API tells it.
+func publishError(err error) *api.Error {
+	out := &api.Error{Message: err.Error(), Hint: hintOf(err)}
+	var (
+		spec     *publish.SpecError
+		policy   *publish.PolicyError
+		conflict *publish.ConflictError
+	)
+	switch {
+	case errors.As(err, &spec), errors.As(err, &policy):
+		out.Status = http.StatusBadRequest
+	case errors.As(err, &conflict):
+		out.Status = http.StatusConflict
+	case errors.Is(err, publish.ErrNotFound):
+		out.Status = http.StatusNotFound
+	case errors.Is(err, publish.ErrTooMany), errors.Is(err, net.ErrClosed), errors.Is(err, syscall.EMFILE):
+		out.Status = http.StatusServiceUnavailable
+	case errors.Is(err, syscall.EACCES), errors.Is(err, syscall.EADDRNOTAVAIL):
+		out.Status = http.StatusBadRequest
+	}
+	return out
+}
+
+// hintOf is what an error says that a user can do.
+func hintOf(err error) string {
+	var h interface{ Hint() string }
+	if errors.As(err, &h) {
+		return h.Hint()
+	}
+	return ""
+}
+
+// publishCounters sum up the published ports, for status.
+func (e *engine) publishCounters() map[string]int64 {
+	out := map[string]int64{}
+	for _, p := range e.book.List() {
+		out["ports"]++
+		out["clients"] += int64(p.Stats.Clients.Load())
+		out["refused"] += int64(p.Stats.Refused.Load())
+		out["gateway"] += int64(p.Stats.Gateway.Load())
+		out["dropped"] += int64(p.Stats.Dropped.Load())
+		out["errors"] += int64(p.Stats.Errors.Load())
+	}
+	return out
+}
+
+// reconciler publishes the lists of one owner, and tells of each failure once.
+type reconciler struct {
+	engine *engine
+	owner  string
+	told   map[string]bool
+}
+
+func (e *engine) reconciler(owner string) *reconciler {
+	return &reconciler{engine: e, owner: owner, told: make(map[string]bool)}
+}
+
+// apply makes specs the owner's ports.
+func (r *reconciler) apply(specs []flow.PortSpec) {
+	failed := make(map[string]bool)
+	for _, err := range r.engine.book.Reconcile(r.owner, specs) {
+		text := err.Error()
+		if failed[text] = true; !r.told[text] {
+			r.engine.log.Warn("port not published", slog.String("owner", r.owner), slog.Any("err", err))
+		}
+	}
+	r.told = failed
+}
