@@ -299,8 +299,8 @@ func (f *Forwarder) publishedFlow(client netip.AddrPort, p passage) *flow.Flow {
 
 // refuse resets a client whom the guest does not serve.
 func (f *Forwarder) refuse(c client, in *Inbound, p passage, err error) {
-	c.conn.Abort()
 	f.refused(c.addr, in, p, err)
+	c.conn.Abort()
 }
 
 func (f *Forwarder) refused(client netip.AddrPort, in *Inbound, p passage, err error) {
