@@ -27,6 +27,8 @@ type Stats struct {
 // Stats returns the counters. It may be called at any time.
 func (f *Forwarder) Stats() Stats {
 	c := &f.stats
+	udp := f.udp.stats()
+	udp.Clients, udp.ClientsEvicted = f.ports.len(), f.ports.evicted.Load()
 	return Stats{
 		TCP: TCPStats{
 			Flows: f.tcp.len(), Limit: f.tcp.most,
@@ -34,7 +36,7 @@ func (f *Forwarder) Stats() Stats {
 			TimedOut: c.timedOut.Load(), Denied: c.denied.Load(), Cancelled: c.cancelled.Load(), Failed: c.failed.Load(),
 			FlowLimit: f.tcp.refused.Load(), GuestLimit: f.tcp.refusedGuest.Load(), InboundLimit: f.in.limited(),
 		},
-		UDP:  f.udp.stats(),
+		UDP:  udp,
 		Ping: f.pings.stats(),
 	}
 }

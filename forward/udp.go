@@ -188,6 +188,9 @@ type UDPStats struct {
 	Refused         uint64 // datagrams dropped because a limit left no room
 	NoSocket        uint64 // datagrams dropped because the host gave no socket
 	Expired         uint64 // mappings that were idle
+
+	Clients        int    // live mappings of published ports' clients
+	ClientsEvicted uint64 // of those that gave way at a limit
 }
 
 // newUDPMaps makes udpMaps. The caller closes them.

@@ -315,6 +315,8 @@ func FuzzAncillary(f *testing.F) {
 	errs := make([]byte, unix.CmsgSpace(sockExtendedErrLen+unix.SizeofSockaddrInet6))
 	putCmsgHeader(errs, unix.SOL_IPV6, unix.IPV6_RECVERR, sockExtendedErrLen+unix.SizeofSockaddrInet6)
 	f.Add(errs)
+	f.Add(putPktinfo(make([]byte, 64), ip("192.0.2.1")))
+	f.Add(putPktinfo(make([]byte, 64), ip("2001:db8::1")))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if a := parseAncillary(b); a.segment < 0 || a.segment > 0xffff {
 			t.Errorf("parseAncillary(% x) = %+v", b, a)
@@ -340,6 +342,9 @@ func TestParseAncillary(t *testing.T) {
 		{"v6", append(number(unix.SOL_IPV6, unix.IPV6_HOPLIMIT, 4, 7), number(unix.SOL_IPV6, unix.IPV6_TCLASS, 4, 9)...), ancillary{hops: 7, tos: 9}},
 		{"train", number(unix.SOL_UDP, unix.UDP_GRO, 4, 100), ancillary{segment: 100, hops: defaultHops}},
 		{"overrun", number(unix.SOL_SOCKET, unix.SO_RXQ_OVFL, 4, 5), ancillary{hops: defaultHops, overrun: 5}},
+		{"asked_v4", putPktinfo(make([]byte, 64), ip("192.0.2.1")), ancillary{hops: defaultHops, local: ip("192.0.2.1")}},
+		{"asked_v6", putPktinfo(make([]byte, 64), ip("2001:db8::1")), ancillary{hops: defaultHops, local: ip("2001:db8::1")}},
+		{"asked_short", number(unix.SOL_IP, unix.IP_PKTINFO, 8, 1), ancillary{hops: defaultHops}},
 		{"other", number(unix.SOL_SOCKET, unix.SO_TIMESTAMP, 8, 1), ancillary{hops: defaultHops}},
 		{"cut", number(unix.SOL_IP, unix.IP_TTL, 4, 7)[:17], ancillary{hops: defaultHops}},
 		{"zero", number(unix.SOL_IP, unix.IP_TTL, 4, 0), ancillary{}},
