@@ -13,9 +13,10 @@
 // (a name server on each, for one), and the gateway's, where slipway's own sockets are.
 // UDP sockets at a port that the kernel chose are somebody's who asks, not who serves.
 //
-// A port appears when two readings in a row have it and goes when two have it not. A
-// reading is not a picture of one moment: a socket that ends meanwhile may hide its
-// neighbour. Servers that start again within the time keep their port.
+// A port appears when two readings in a row have it, and when somebody else who has it
+// published gives it back. It goes when two have it not. A reading is not a picture of one
+// moment: a socket that ends meanwhile may hide its neighbour. Servers that start again
+// within the time keep their port.
 //
 // What could not be published is tried again, ever more rarely, as whoever has the port
 // on the host may give it up. Each reason is logged once while it stays the same; an engine
@@ -81,8 +82,9 @@ type Config struct {
 	// to be done. Only Watch calls it, and not after its end.
 	Apply func([]flow.PortSpec) []error
 	// Held tells whether somebody else has published a port: it is left alone then
-	// without a word. A container's port is one, where the engine's proxy listens
-	// inside. It may be nil.
+	// without a word, as long as that is so. A container's port is one, where the
+	// engine's proxy listens inside. It is asked for every port at every reading. It may
+	// be nil.
 	Held func(flow.Proto, uint16) bool
 
 	Log *slog.Logger
@@ -125,9 +127,10 @@ type ports map[port]families
 type watcher struct {
 	Config
 
-	before    ports // of the last reading
-	published ports // of the last Apply
-	retry     time.Time
+	before    ports           // of the last reading
+	listening ports           // that two readings agreed on
+	published []flow.PortSpec // of the last Apply
+	retry     time.Time       // zero for not at all
 	wait      time.Duration   // until retry, from the last Apply on
 	said      map[string]bool // reasons of the last Apply
 	saying    *rate.Limiter
@@ -146,10 +149,10 @@ func (w *watcher) turn() {
 		return
 	}
 	w.unread = ""
-	next := w.settled(now)
-	w.before = now
-	if changed := !maps.Equal(next, w.published); changed || !w.retry.IsZero() && !time.Now().Before(w.retry) {
-		w.apply(next, changed)
+	w.listening, w.before = w.settled(now), now
+	specs := w.specs()
+	if changed := !slices.Equal(specs, w.published); changed || !w.retry.IsZero() && !time.Now().Before(w.retry) {
+		w.apply(specs, changed)
 	}
 }
 
@@ -161,7 +164,7 @@ func (w *watcher) settled(now ports) ports {
 			next[p] = f
 		}
 	}
-	for p, f := range w.published {
+	for p, f := range w.listening {
 		if now[p] != w.before[p] {
 			next[p] = f
 		}
@@ -169,17 +172,16 @@ func (w *watcher) settled(now ports) ports {
 	return next
 }
 
-// apply has the ports published, and sees to it that failures are tried again.
-func (w *watcher) apply(next ports, changed bool) {
-	specs, held := w.specs(next)
+// apply has specs published, and sees to it that failures are tried again.
+func (w *watcher) apply(specs []flow.PortSpec, changed bool) {
 	errs := slices.DeleteFunc(w.Apply(specs), func(err error) bool { return err == nil })
-	w.published = next
-	if n := len(next) - maxPorts; n > 0 {
-		errs = append(errs, fmt.Errorf("publish %d listeners: only %d are", len(next), maxPorts))
+	w.published = specs
+	if n := len(w.listening); n > maxPorts {
+		errs = append(errs, fmt.Errorf("publish %d listeners: only %d are", n, maxPorts))
 	}
 	w.say(errs)
 	switch {
-	case len(errs) == 0 && !held:
+	case len(errs) == 0:
 		w.retry, w.wait = time.Time{}, 0
 		return
 	case changed || w.wait == 0:
@@ -190,30 +192,28 @@ func (w *watcher) apply(next ports, changed bool) {
 	w.retry = time.Now().Add(w.wait)
 }
 
-// specs returns what is to be published, in order, and whether somebody else has some of
-// the ports.
-func (w *watcher) specs(of ports) (specs []flow.PortSpec, held bool) {
-	order := slices.SortedFunc(maps.Keys(of), func(a, b port) int {
+// specs returns what is to be published, in order.
+func (w *watcher) specs() (specs []flow.PortSpec) {
+	order := slices.SortedFunc(maps.Keys(w.listening), func(a, b port) int {
 		if a.number != b.number {
 			return int(a.number) - int(b.number)
 		}
 		return int(a.proto) - int(b.proto)
 	})
 	for _, p := range order {
-		if w.Held != nil && w.Held(p.proto, p.number) {
-			held = true
-			continue
-		}
 		if len(specs) == maxPorts {
 			break
 		}
+		if w.Held != nil && w.Held(p.proto, p.number) {
+			continue
+		}
 		specs = append(specs, flow.PortSpec{
 			Proto: p.proto,
-			Host:  netip.AddrPortFrom(of[p].wildcard(), p.number),
+			Host:  netip.AddrPortFrom(w.listening[p].wildcard(), p.number),
 			Guest: netip.AddrPortFrom(netip.Addr{}, p.number),
 		})
 	}
-	return specs, held
+	return specs
 }
 
 // wildcard is the address that stands for the families; the zero one for both.

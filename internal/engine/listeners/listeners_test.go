@@ -302,11 +302,23 @@ func TestHeldByOthers(t *testing.T) {
 		stop := e.watch(t, nil)
 		pass(1)
 		e.want(t, "0.0.0.0:81:81/tcp")
-		e.mu.Lock()
-		e.held = nil
-		e.mu.Unlock()
-		pass(int(firstRetry / interval))
-		e.want(t, "0.0.0.0:80:80/tcp", "0.0.0.0:81:81/tcp")
+		for _, held := range []bool{false, true, false} { // taken from us, too
+			want := []string{"0.0.0.0:80:80/tcp", "0.0.0.0:81:81/tcp"}
+			if held {
+				want = want[1:]
+			}
+			pass(1000)
+			e.mu.Lock()
+			e.held[80] = held
+			e.mu.Unlock()
+			pass(1)
+			e.want(t, want...)
+		}
+		calls := e.count()
+		pass(1000)
+		if n := e.count(); n != calls {
+			t.Errorf("applied %d times although all is well", n-calls)
+		}
 		stop()
 		if e.log.Len() > 0 {
 			t.Errorf("said:\n%s", &e.log)
