@@ -322,6 +322,14 @@ func (b *Book) List() []*Port {
 	return list
 }
 
+// Held reports whether somebody else than owner has a port of the host, at whatever
+// address. It is fast.
+func (b *Book) Held(owner string, proto flow.Proto, port uint16) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.ContainsFunc(b.taken[portKey{proto, port}], func(e *entry) bool { return e.owner != owner })
+}
+
 // Close withdraws everything; Add fails from now on with net.ErrClosed.
 func (b *Book) Close() {
 	b.mu.Lock()

@@ -403,6 +403,27 @@ func TestRemoveSpec(t *testing.T) {
 	}
 }
 
+func TestHeld(t *testing.T) {
+	b, _ := newBook(t, Config{})
+	p := add(t, b, "one", spec(t, "127.0.0.1:0:80"))
+	port := p.Spec.Host.Port()
+	held := func(want bool, owner string, proto flow.Proto, port uint16) {
+		t.Helper()
+		if got := b.Held(owner, proto, port); got != want {
+			t.Errorf("Held(%s, %v, %d) = %v", owner, proto, port, got)
+		}
+	}
+	held(true, "two", flow.TCP, port)
+	held(false, "one", flow.TCP, port)
+	held(false, "two", flow.UDP, port)
+	held(false, "two", flow.TCP, port^1)
+	add(t, b, "two", at(spec(t, "127.0.0.2:1:80"), port))
+	held(true, "one", flow.TCP, port)
+	b.RemoveOwner("two")
+	b.RemoveOwner("one")
+	held(false, "two", flow.TCP, port)
+}
+
 func TestRemoveOwner(t *testing.T) {
 	b, c := newBook(t, Config{})
 	add(t, b, "me", spec(t, "0:80"))
