@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
 
@@ -100,7 +101,7 @@ func (d *doors) inside(a netip.Addr) error {
 	e := d.ends
 	ours := a == e.Gateway4 || a == e.Gateway6 || a == e.Host4 || a == e.Host6
 	if p := d.Where(a); ours || a.IsLinkLocalUnicast() || p == forward.Outside || p == forward.Unrouted {
-		return errNotInside
+		return fmt.Errorf("%v %w", a, errNotInside)
 	}
 	return nil
 }

@@ -49,6 +49,7 @@ func (e *engine) openBook(s *services) {
 		Carrier: carrier{e},
 		Bind:    e.cfg.PublishBind, Allowed: e.cfg.PublishPorts.Allows, Source: e.cfg.SourceIP,
 		Inside:    e.doors.inside,
+		Yields:    ownerAuto,
 		Inherited: inheritedSockets(),
 		Log:       e.log.With(slog.String("component", "publish")),
 	})

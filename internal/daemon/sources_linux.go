@@ -10,7 +10,6 @@ import (
 
 	"github.com/coreos/go-systemd/v22/activation"
 
-	"github.com/slipway-net/slipway/forward/publish"
 	"github.com/slipway-net/slipway/internal/api"
 	"github.com/slipway-net/slipway/internal/engine/docker"
 	"github.com/slipway-net/slipway/internal/engine/listeners"
@@ -81,7 +80,7 @@ func (e *engine) addWatchers(s *services) error {
 		Read: diag.Read, Guest4: e.doors.ends.Guest4, Guest6: e.doors.ends.Guest6,
 		LocalPorts: e.agent.Report().LocalPorts,
 		Apply:      func(specs []flow.PortSpec) []error { return e.book.Reconcile(ownerAuto, specs) },
-		Held:       func(proto flow.Proto, port uint16) bool { return e.held(ownerAuto, proto, port) },
+		Held:       func(proto flow.Proto, port uint16) bool { return e.book.Held(ownerAuto, proto, port) },
 		Log:        e.log,
 	}
 	s.start("listeners", func(ctx context.Context) error {
@@ -101,15 +100,8 @@ func (e *engine) dockerWatch() docker.Config {
 	r := e.reconciler(ownerDocker)
 	c.Apply = func(specs []flow.PortSpec) {
 		r.apply(slices.DeleteFunc(specs, func(s flow.PortSpec) bool {
-			return e.held(ownerDocker, s.Proto, s.Host.Port())
+			return e.book.Held(ownerDocker, s.Proto, s.Host.Port())
 		}))
 	}
 	return c
-}
-
-// held reports whether a port of the host is published for somebody else than owner.
-func (e *engine) held(owner string, proto flow.Proto, port uint16) bool {
-	return slices.ContainsFunc(e.book.List(), func(p *publish.Port) bool {
-		return p.Owner != owner && p.Spec.Proto == proto && p.Spec.Host.Port() == port
-	})
 }
