@@ -34,7 +34,8 @@ import (
 // that is later than that gets a RST.
 //
 // At most MaxDials are in flight. What is connected is its caller's to bound and to
-// close; the end of Run resets it.
+// close. The end of Run waits for the dials, and resets the connections, but does not wait
+// until they are closed: the other side of a relay may be stuck.
 
 // dialError is a Dial that failed; Err is a syscall.Errno or the context's error.
 type dialError struct {
@@ -72,6 +73,7 @@ func (s *Stack) dial(ctx context.Context, from, to netip.AddrPort) (*dialled, er
 	if err := s.enterDial(p); err != nil {
 		return nil, err
 	}
+	defer s.flows.Done()
 	defer s.out.end(p)
 	size := s.bufs.enter()
 	s.served.Add(1)
@@ -89,7 +91,7 @@ func (s *Stack) canBeClient(a netip.Addr) bool {
 		!a.Is4In6() && a != broadcast4
 }
 
-// enterDial counts p among the flows that Run waits for, and left takes it back.
+// enterDial counts p among the flows that Run waits for.
 func (s *Stack) enterDial(p *pendingDial) error {
 	t := p.tuple()
 	s.dials.mu.Lock()
@@ -106,10 +108,10 @@ func (s *Stack) enterDial(p *pendingDial) error {
 	return nil
 }
 
+// left counts a connection out.
 func (s *Stack) left() {
 	s.served.Add(-1)
 	s.bufs.leave()
-	s.flows.Done()
 }
 
 // connectTo makes the endpoint and waits for the guest's answer.

@@ -213,9 +213,11 @@ func TestDialLimit(t *testing.T) {
 	all.Wait()
 }
 
-// The end of Run ends a dial that waits and a connection that stands, and waits for them.
+// The end of Run ends a dial that waits and a connection that stands; whoever has that
+// may use and close it later.
 func TestDialAtTheEnd(t *testing.T) {
 	var waiting sync.WaitGroup
+	var stands flow.Conn
 	t.Run("run", func(t *testing.T) {
 		b := start(t, 1500)
 		waiting.Go(func() {
@@ -237,14 +239,18 @@ func TestDialAtTheEnd(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		waiting.Go(func() {
-			if _, err := io.ReadAll(c); err == nil {
-				t.Error("the connection ended in order")
-			}
-			c.Close()
-		})
+		stands = c
 	})
 	waiting.Wait()
+	if _, err := io.ReadAll(stands); err == nil {
+		t.Error("the connection ended in order")
+	}
+	if _, err := stands.Write([]byte("x")); err == nil {
+		t.Error("a connection that has ended takes data")
+	}
+	stands.CloseWrite()
+	stands.Abort()
+	stands.Close()
 }
 
 func TestDialAfterTheEnd(t *testing.T) {

@@ -128,7 +128,7 @@ type Stack struct {
 
 	forward Forwarder       // set by Run
 	ctx     context.Context // Run's, for gVisor's callbacks, which pass none; ends when Run stops
-	flows   sync.WaitGroup  // every goroutine that serves a guest's connection, and every Dial's
+	flows   sync.WaitGroup  // every goroutine that serves a guest's connection, and every Dial that waits
 }
 
 var _ flow.Guest = (*Stack)(nil)
