@@ -231,8 +231,18 @@ func (f *Forwarder) serveClient(ctx context.Context, c client, in *Inbound, p pa
 		count(in.Count.Gateway)
 	}
 	fl.SetState(flow.Open)
+	if r, ok := guest.(resetTeller); ok {
+		r.OnReset(func() {
+			guest.Abort()
+			c.conn.Abort()
+		})
+	}
 	f.Relay(ctx, guest, flow.Verdict{Answer: flow.Connect, Host: c.conn, Flow: fl})
 }
+
+// resetTeller is a Conn that tells of the guest's reset also while nobody reads: a relay
+// whose client takes nothing waits in a write.
+type resetTeller interface{ OnReset(do func()) }
 
 // Why a client is reset without asking the guest.
 var (
