@@ -126,6 +126,9 @@ func testInboundConnects(t *testing.T) {
 	pid, _, _ := strings.Cut(g.sh(t, makeContainer+dockerRules), "\n")
 	serve(t, g, "")
 	serve(t, g, pid)
+	if got := g.sh(t, "cat "+sysctlDir+"tcp_tw_reuse"); got != "1" {
+		t.Errorf("tcp_tw_reuse is %s", got)
+	}
 	for _, c := range inboundTargets {
 		t.Run(c.name, func(t *testing.T) { inboundConnects(t, g, netip.MustParseAddrPort(c.to), c.answered) })
 	}

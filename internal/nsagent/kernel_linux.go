@@ -81,6 +81,9 @@ func (g *guest) prepareKernel(r *Report) *kernelPath {
 	if err == nil {
 		err = admit(g.spec.TUN.Name, g.spec.Join == nil)
 	}
+	if g.spec.Join == nil {
+		reusePorts()
+	}
 	if err != nil {
 		r.Kernel = err.Error()
 		k.ip4.discard()

@@ -61,6 +61,13 @@ func admitSources(tun string) error {
 	return nil
 }
 
+// reusePorts lets connections to published ports use a port of the gateway's again after
+// a second, where timestamps tell old packets (RFC 6191). All clients of the host's
+// loopback come from that one address, and each that closes first leaves a port in
+// TIME_WAIT for a minute; natively the kernel does the same for its loopback. Without it
+// more than 1,000 connections a second to one port do not last long.
+func reusePorts() { changeSysctl("tcp_tw_reuse", "1") }
+
 // sysctlName is a name as sysctl(8) has it.
 func sysctlName(name string) string { return "net.ipv4." + strings.ReplaceAll(name, "/", ".") }
 
