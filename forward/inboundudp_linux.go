@@ -33,6 +33,7 @@ func (u *hostUDPSockets) listen(c *net.UDPConn, p *udpPort) (publishedSocket, er
 		return nil, err
 	}
 	receiveTrains(fd)
+	makeRoom(fd)
 	s := &publishedUDP{port: p, poll: &u.poll, udpSender: udpSender{header: headerOptions{v6: v6}}}
 	s.fd.open(fd)
 	if err := u.poll.addAnywhere(fd, s); err != nil {
@@ -40,6 +41,17 @@ func (u *hostUDPSockets) listen(c *net.UDPConn, p *udpPort) (publishedSocket, er
 		return nil, err
 	}
 	return s, nil
+}
+
+// publishedBuffer is the receive buffer of a published port in bytes: all its clients
+// share it. The kernel's default holds about 90 full datagrams.
+const publishedBuffer = 1 << 20
+
+// makeRoom gives fd that buffer, or as much of it as we may have.
+func makeRoom(fd int) {
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, publishedBuffer) != nil {
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, publishedBuffer)
+	}
 }
 
 // duplicate returns a descriptor of c's socket.
