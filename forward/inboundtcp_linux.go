@@ -20,6 +20,11 @@ import (
 // errClosing says that Sockets were closed.
 var errClosing = errors.New("slipway is stopping")
 
+// unpaced is the congestion control of connections that stay on this host. One that paces,
+// as bbr does where it is the host's default, has the other side wait: half as fast again
+// without, in bulk to a client.
+const unpaced = "cubic"
+
 // acceptTurn is how many clients one listener may bring in one turn of the loop.
 const acceptTurn = 16
 
@@ -164,6 +169,9 @@ type inboundDial struct {
 // welcome serves a new client on the loop, or has a goroutine do it if its way is the wire.
 func (s *Sockets) welcome(conn int, addr netip.AddrPort, in *Inbound) {
 	count(in.Count.Clients)
+	if addr.Addr().IsLoopback() {
+		unix.SetsockoptString(conn, unix.SOL_TCP, unix.TCP_CONGESTION, unpaced)
+	}
 	p := in.passage(flow.TCP, addr, s.f.in.doors)
 	d := &inboundDial{s: s, in: in, client: addr, conn: conn, passage: p, guest: -1}
 	if p.way == Wire {
