@@ -83,8 +83,9 @@ func isTimeout(err error) bool {
 func TestPublishUDPUnreachable(t *testing.T) {
 	eachPublishable(t, engineOptions{}, func(t *testing.T, p *publishable) {
 		p.engine.publish(t, "18083:83/udp", "18084:172.17.0.3:83/udp")
-		for _, port := range []uint16{18083, 18084} {
-			for _, f := range families {
+		var wg sync.WaitGroup
+		for _, f := range families {
+			for _, port := range []uint16{18083, 18084} {
 				if port == 18084 && f.v6 {
 					continue
 				}
@@ -98,11 +99,16 @@ func TestPublishUDPUnreachable(t *testing.T) {
 					if p.kind.rootless {
 						want = 0
 					}
-					if err := c.knock(netip.AddrPortFrom(to, port), want); err != nil {
-						t.Errorf("port %d, from %s, %s: %v", port, c.name, f.name, err)
-					}
+					wg.Go(func() {
+						if err := c.knock(netip.AddrPortFrom(to, port), want); err != nil {
+							t.Errorf("port %d, from %s, %s: %v", port, c.name, f.name, err)
+						}
+					})
 				}
 			}
+		}
+		wg.Wait()
+		for _, port := range []uint16{18083, 18084} {
 			if !eventually(5*time.Second, func() bool { return portAt(t, p.engine, int(port)).Counters.Refused > 0 }) {
 				t.Errorf("counters of %d: %+v", port, portAt(t, p.engine, int(port)).Counters)
 			}
@@ -253,8 +259,9 @@ func TestPublishUDPUnasked(t *testing.T) {
 // mappings that last no longer, and answers after that come from the published port.
 func TestPublishUDPShortMemory(t *testing.T) {
 	needPublish(t)
-	n := newTopology(t)
+	var wg sync.WaitGroup
 	for _, path := range []string{"netstack", "kernel"} {
+		n := newTopology(t)
 		a := newAttachable(t, n)
 		for _, name := range []string{"udp_timeout", "udp_timeout_stream"} {
 			if err := a.Sysctl("net.netfilter.nf_conntrack_"+name, "2"); err != nil {
@@ -262,26 +269,34 @@ func TestPublishUDPShortMemory(t *testing.T) {
 			}
 		}
 		e := a.attach(t, "--path", path)
-		f := families[0]
-		server := newCue(t, a.NS, at(f.guest, 89))
+		server := newCue(t, a.NS, at(topo.Guest4, 89))
 		e.publish(t, "18089:89/udp")
-		conn, err := n.World.ListenUDP(at(f.world, 0))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		to := netip.AddrPortFrom(topo.Host4, 18089)
-		conn.WriteToUDPAddrPort([]byte("ask"), to)
-		seen := receive(t, server.from)
-		if !eventually(30*time.Second, func() bool {
-			return !slices.ContainsFunc(readFlows(t, e), func(f flowDoc) bool { return f.Proto == "udp" && f.Target == seen })
-		}) {
-			t.Errorf("%s: the mapping lives longer than the guest's conntrack", path)
-		}
-		if err := hears(conn, to, func() { server.conn.WriteToUDPAddrPort([]byte("late"), seen) }); err != nil {
-			t.Errorf("%s: a late answer: %v", path, err)
-		}
-		a.detach(t, e)
+		wg.Go(func() { t.Run(path, func(t *testing.T) { answerLate(t, n, e, server) }) })
+	}
+	wg.Wait()
+}
+
+// answerLate answers when the mapping is gone.
+func answerLate(t *testing.T, n *topo.Topology, e *engine, server *cue) {
+	conn, err := n.World.ListenUDP(at(topo.World4, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	to := netip.AddrPortFrom(topo.Host4, 18089)
+	conn.WriteToUDPAddrPort([]byte("ask"), to)
+	seen := receive(t, server.from)
+	mapped := func() bool {
+		return slices.ContainsFunc(readFlows(t, e), func(f flowDoc) bool { return f.Proto == "udp" && f.Target == seen })
+	}
+	if !mapped() {
+		t.Error("the mapping is not listed")
+	}
+	if !eventually(30*time.Second, func() bool { return !mapped() }) {
+		t.Error("the mapping lives longer than the guest's conntrack")
+	}
+	if err := hears(conn, to, func() { server.conn.WriteToUDPAddrPort([]byte("late"), seen) }); err != nil {
+		t.Errorf("a late answer: %v", err)
 	}
 }
 

@@ -15,10 +15,12 @@ type statusDoc struct {
 }
 
 type flowDoc struct {
-	Proto  string         `json:"proto"`
-	Guest  netip.AddrPort `json:"guest"`
-	Target netip.AddrPort `json:"target"`
-	Path   string         `json:"path"`
+	Proto    string         `json:"proto"`
+	Guest    netip.AddrPort `json:"guest"`
+	Target   netip.AddrPort `json:"target"`
+	Path     string         `json:"path"`
+	Decision string         `json:"decision"`
+	Reason   string         `json:"reason"`
 }
 
 func readStatus(t testing.TB, e *engine) (s statusDoc) {
