@@ -200,17 +200,22 @@ func (u *udpPorts) serve(conn *net.UDPConn, in *Inbound, doors Doors) (*udpPort,
 	if in.Behind.IsValid() && in.Behind != to {
 		p.places = append(p.places, in.Behind)
 	}
-	p.sendMu.Lock() // the guest's answer to the first datagram may be faster than we
-	defer p.sendMu.Unlock()
-	var err error
-	if p.sock, err = u.sockets.listen(conn, p); err != nil {
+	if err := p.listen(conn); err != nil {
 		return nil, fmt.Errorf("receive on %v/udp: %w", p.local, err)
 	}
 	if !u.enter(p) {
-		p.sock.close()
-		return nil, net.ErrClosed
+		p.Close() // it may have clients already
+		return nil, fmt.Errorf("receive on %v/udp: %w", p.local, net.ErrClosed)
 	}
 	return p, nil
+}
+
+// listen opens p's socket.
+func (p *udpPort) listen(conn *net.UDPConn) (err error) {
+	p.sendMu.Lock() // the guest's answer to the first datagram may be faster than we
+	defer p.sendMu.Unlock()
+	p.sock, err = p.ports.sockets.listen(conn, p)
+	return err
 }
 
 // enter makes p's places in the guest known, and reports whether it was in time.

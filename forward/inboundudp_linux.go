@@ -117,7 +117,8 @@ func (s *publishedUDP) relay(rx *recvBatch, n int) {
 		if from.Port() == 0 {
 			return // there is no answering it
 		}
-		s.port.fromClient(clientKey{from, a.local}, flow.Datagram{
+		// A socket of both families has those of IPv4 as v4-in-v6.
+		s.port.fromClient(clientKey{netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), a.local.Unmap()}, flow.Datagram{
 			Payload: b, Segment: a.segment, TOS: a.tos,
 			Hops: max(a.hops, 2) - 1, // it has arrived: no use in ending it here
 		})
@@ -125,6 +126,7 @@ func (s *publishedUDP) relay(rx *recvBatch, n int) {
 }
 
 func (s *publishedUDP) close() {
+	s.poll.unwatch(s.fd.fd)
 	s.poll.remove(s.fd.fd, s)
 	s.fd.close()
 }

@@ -257,6 +257,62 @@ func TestInboundUDPRefusedForReal(t *testing.T) {
 	})
 }
 
+// A socket that a service manager passed on is published again and again, and was
+// watched under a descriptor that others have next.
+func TestInboundUDPAgain(t *testing.T) {
+	eachUDPWay(t, func(t *testing.T, p *udpPublisher) {
+		conn, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		client := dialUDP(t, conn.LocalAddr().(*net.UDPAddr).AddrPort())
+		defer client.Close()
+		for i := range 3 {
+			c, err := p.ServeUDP(conn, counters(inWildcard))
+			if err != nil {
+				t.Fatalf("published for time %d: %v", i+1, err)
+			}
+			client.Write([]byte("x"))
+			take(t, p.guest, &p.guest.datagrams)
+			c.Close()
+		}
+	})
+}
+
+// Clients of a socket for both families are of the family that they come in.
+func TestInboundUDPBothFamilies(t *testing.T) {
+	eachUDPWay(t, func(t *testing.T, p *udpPublisher) {
+		conn, err := net.ListenUDP("udp", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		c, err := p.ServeUDP(conn, counters(inWildcard))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		port := conn.LocalAddr().(*net.UDPAddr).AddrPort().Port()
+		for _, asked := range []string{"127.0.0.2", "::1"} {
+			client := dialUDP(t, netip.AddrPortFrom(ip(asked), port))
+			client.Write([]byte("x"))
+			d := take(t, p.guest, &p.guest.datagrams)
+			if got := p.ports.client(d.Guest, d.Target).key; got.client != client.LocalAddr().(*net.UDPAddr).AddrPort() || got.asked != ip(asked) {
+				t.Errorf("the client of %s is %+v, want %v", asked, got, client.LocalAddr())
+			}
+			if d.Hops != 63 {
+				t.Errorf("%s: %d hops left", asked, d.Hops)
+			}
+			p.Datagram(flow.Datagram{Guest: d.Guest, Target: d.Target, Payload: []byte("y"), Hops: 63})
+			if _, err := client.Read(make([]byte, 10)); err != nil {
+				t.Errorf("the answer from %s: %v", asked, err)
+			}
+			client.Close()
+		}
+	})
+}
+
 func freeUDPPort(t *testing.T) uint16 {
 	t.Helper()
 	c, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})

@@ -121,6 +121,19 @@ func (p *poller) remove(fd int, s pollable) {
 	delete(p.socks, int32(fd))
 }
 
+// unwatch is what remove needs before it for a socket that has other descriptors: the
+// kernel goes on watching those that are open, under the number of the one that was added.
+func (p *poller) unwatch(fd int) {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	switch {
+	case p.on != nil:
+		p.on.loop.Unwatch(fd)
+	case !p.closed:
+		p.control(unix.EPOLL_CTL_DEL, fd)
+	}
+}
+
 // startLocked makes the epoll set and its goroutine. The caller must hold mu.
 func (p *poller) startLocked() error {
 	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)

@@ -86,8 +86,8 @@ const (
 // batch is how many events one epoll_wait(2) brings at most.
 const batch = 128
 
-// Loop is one such thread. But for Post, Do and Close, its methods are for handlers
-// and for functions given to Post and Do.
+// Loop is one such thread. But for Post, Do, Inside, Unwatch and Close, its methods are for
+// handlers and for functions given to Post and Do.
 type Loop struct {
 	epoll, wake int
 	done        chan struct{} // closed when the thread has ended
@@ -236,6 +236,11 @@ func (l *Loop) Remove(fd int, r Ref) {
 		unix.EpollCtl(l.epoll, unix.EPOLL_CTL_DEL, fd, nil)
 	}
 }
+
+// Unwatch takes fd out of the kernel's list at once. It is for a descriptor whose socket
+// has others, which closing it does not take out: call it before that, on any thread, and
+// Forget its Ref.
+func (l *Loop) Unwatch(fd int) { unix.EpollCtl(l.epoll, unix.EPOLL_CTL_DEL, fd, nil) }
 
 // Again has r's handler called once more with no events, after the others.
 func (l *Loop) Again(r Ref) {
