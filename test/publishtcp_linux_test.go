@@ -27,7 +27,6 @@ import (
 // TestPublishRefused: where the guest refuses or is silent, the client is reset.
 func TestPublishRefused(t *testing.T) {
 	eachPublishable(t, engineOptions{}, func(t *testing.T, p *publishable) {
-		const closed, dropped, rejected = 83, 84, 85
 		tables := p.bridge.tables
 		if err := tables.load(p.ns, "filter -I INPUT -p tcp --dport 84 -j DROP", "filter -I INPUT -p tcp --dport 85 -j REJECT"); err != nil {
 			t.Fatal(err)
@@ -60,7 +59,6 @@ func TestPublishRefused(t *testing.T) {
 
 // TestPublishStreams: bytes, half close and resets pass both ways.
 func TestPublishStreams(t *testing.T) {
-	const transferPort, oncePort, resetPort = 90, 91, 92
 	eachPublishable(t, engineOptions{}, func(t *testing.T, p *publishable) {
 		server := p.bridge.containers[1]
 		transferServerAt(t, server, "[::]:90")
