@@ -31,9 +31,10 @@ const (
 	placesFor = time.Second
 	// placesMost bounds the answers that are remembered.
 	placesMost = 4096
-	// routeTimeout bounds the wait for an answer, which the kernel makes before
-	// sendto(2) returns.
-	routeTimeout = 2 * time.Second
+	// strangersMost bounds the messages of others that are read before an answer, and
+	// answerMost its length: our device's is the longest.
+	strangersMost = 64
+	answerMost    = 32 << 10
 )
 
 // routes asks the guest's kernel where addresses are.
@@ -43,6 +44,7 @@ type routes struct {
 	fd     int        // of it
 	tun    uint32     // index of our device; 0 until the first question
 	seq    uint32
+	answer []byte // buffer
 	known  map[netip.Addr]placeUntil
 }
 
@@ -89,10 +91,7 @@ func (r *routes) open(a *Agent) error {
 	if r.fd, err = rawFD(r.socket); err != nil {
 		return err
 	}
-	limit := unix.NsecToTimeval(routeTimeout.Nanoseconds())
-	if err := unix.SetsockoptTimeval(r.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit); err != nil {
-		return err
-	}
+	r.answer = make([]byte, answerMost)
 	if r.tun, err = r.index(a.spec.TUN.Name); err != nil {
 		return fmt.Errorf("look up the guest's device %s: %w", a.spec.TUN.Name, err)
 	}
@@ -155,7 +154,12 @@ func (r *routes) place(m *syscall.NetlinkMessage) (Place, error) {
 	return PlaceUnknown, unix.EBADMSG
 }
 
-// request sends one message and returns its answer.
+// errStrangers is the end of a question among messages of others.
+var errStrangers = errors.New("others send to the socket")
+
+// request sends one message and returns its answer, which is valid until the next one. It
+// does not block: the kernel has answered when sendto(2) returns. Whoever has
+// CAP_NET_ADMIN in the namespace may send to our port, too.
 func (r *routes) request(typ uint16, body []byte) (syscall.NetlinkMessage, error) {
 	r.seq++
 	b := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(body)))
@@ -166,16 +170,15 @@ func (r *routes) request(typ uint16, body []byte) (syscall.NetlinkMessage, error
 	if err := unix.Sendto(r.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return syscall.NetlinkMessage{}, err
 	}
-	answer := make([]byte, 32<<10)
-	for {
-		n, _, err := unix.Recvfrom(r.fd, answer, 0)
-		if err == unix.EINTR {
-			continue
-		}
+	for range strangersMost {
+		n, from, err := unix.Recvfrom(r.fd, r.answer, unix.MSG_DONTWAIT)
 		if err != nil {
 			return syscall.NetlinkMessage{}, err
 		}
-		list, err := syscall.ParseNetlinkMessage(answer[:n])
+		if k, ok := from.(*unix.SockaddrNetlink); !ok || k.Pid != 0 {
+			continue // not the kernel
+		}
+		list, err := syscall.ParseNetlinkMessage(r.answer[:n])
 		if err != nil {
 			return syscall.NetlinkMessage{}, err
 		}
@@ -189,6 +192,7 @@ func (r *routes) request(typ uint16, body []byte) (syscall.NetlinkMessage, error
 			}
 		}
 	}
+	return syscall.NetlinkMessage{}, errStrangers
 }
 
 // attribute is one of rtnetlink(7).
