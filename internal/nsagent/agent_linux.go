@@ -129,6 +129,9 @@ func (a *Agent) receive() {
 	for {
 		var ev event
 		fds, err := a.wire.receiveFDs(&ev)
+		if errors.Is(err, errFilesLost) && ev.Sockets > 0 { // who asked for them may do without
+			ev.Failed, err = wireErrorOf(&Error{Op: "receive", On: "sockets of the guest", Err: unix.EMFILE}), nil
+		}
 		if err != nil {
 			if err != io.EOF {
 				a.log.Error("protocol error, killing the agent", slog.Any("error", err))

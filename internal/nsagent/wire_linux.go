@@ -120,6 +120,10 @@ func filesOf(fds []int) []*os.File {
 	return files
 }
 
+// errFilesLost is wrapped by receive and receiveFDs when the message has come, but we had
+// no descriptor left for all of its files.
+var errFilesLost = errors.New("no file descriptor left for what came with a message")
+
 // receiveFDs is receive with bare descriptors: a File asks Go's poller to watch it.
 func (w *wire) receiveFDs(body any) (fds []int, err error) {
 	defer func() {
@@ -129,10 +133,13 @@ func (w *wire) receiveFDs(body any) (fds []int, err error) {
 		}
 	}()
 	var head [wireHeader]byte
+	var lost error
 	for n := 0; n < len(head); {
 		k, more, err := w.read(head[n:])
 		fds = append(fds, more...)
 		switch {
+		case err == errFilesLost:
+			lost = err
 		case err != nil:
 			return fds, err
 		case k == 0 && n == 0:
@@ -146,14 +153,17 @@ func (w *wire) receiveFDs(body any) (fds []int, err error) {
 	if size > maxBody {
 		return fds, fmt.Errorf("message of %d bytes, the limit is %d", size, maxBody)
 	}
-	if want := binary.BigEndian.Uint32(head[4:]); uint64(want) != uint64(len(fds)) {
+	if want := binary.BigEndian.Uint32(head[4:]); lost == nil && uint64(want) != uint64(len(fds)) {
 		return fds, fmt.Errorf("message with %d files announces %d", len(fds), want)
 	}
 	b := make([]byte, size)
 	if _, err := io.ReadFull(w.conn, b); err != nil {
 		return fds, fmt.Errorf("body: %w", noEOF(err))
 	}
-	return fds, json.Unmarshal(b, body)
+	if err := json.Unmarshal(b, body); err != nil {
+		return fds, err
+	}
+	return fds, lost
 }
 
 // read reads some bytes into b and the descriptors that came with them.
@@ -179,7 +189,7 @@ func (w *wire) read(b []byte) (int, []int, error) {
 		fds = append(fds, more...)
 	}
 	if flags&unix.MSG_CTRUNC != 0 {
-		return n, fds, fmt.Errorf("more than %d files in a message, or no file descriptor left", maxFiles)
+		return n, fds, errFilesLost // or more than maxFiles, which nobody sends
 	}
 	return n, fds, nil
 }

@@ -284,3 +284,55 @@ func TestMountsUnescape(t *testing.T) {
 		t.Errorf("got %q", got)
 	}
 }
+
+// What came with a message that we had no descriptors for is lost, and the next message is
+// read as if nothing had happened.
+func TestWireFilesLost(t *testing.T) {
+	a, b := wirePair(t)
+	before := openFDs(t)
+	if err := a.send(event{ID: 7, Sockets: 3}, os.Stdin, os.Stdin, os.Stdin); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.send(event{ID: 8}); err != nil {
+		t.Fatal(err)
+	}
+	var ev event
+	var fds []int
+	var err error
+	withFewFDs(t, 1, func() { fds, err = b.receiveFDs(&ev) })
+	if err != errFilesLost || len(fds) != 0 || ev.ID != 7 || ev.Sockets != 3 {
+		t.Errorf("%+v, %d descriptors, error %v", ev, len(fds), err)
+	}
+	ev = event{}
+	if fds, err := b.receiveFDs(&ev); err != nil || len(fds) != 0 || ev.ID != 8 {
+		t.Errorf("%+v, %d descriptors, error %v", ev, len(fds), err)
+	}
+	if after := openFDs(t); after != before {
+		t.Errorf("%d descriptors before, %d after", before, after)
+	}
+}
+
+// withFewFDs calls f while the process may open only few more files.
+func withFewFDs(t *testing.T, few int, f func()) {
+	t.Helper()
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	var free []int // the kernel gives the lowest, so all below the last one are in use
+	for range few {
+		fd, err := unix.FcntlInt(0, unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		free = append(free, fd)
+	}
+	limit := was
+	limit.Cur = uint64(free[few-1] + 1)
+	closeFDs(free)
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &was)
+	f()
+}
