@@ -86,7 +86,7 @@ func TestPublishRootlessctl(t *testing.T) {
 			t.Errorf("info: status %d: %s%s", r.code, r.stdout, r.stderr)
 		}
 		startHolder(t, g.net, e.user, "0.0.0.0:18070")
-		if r := ctl("add-ports", "0.0.0.0:18070:81/tcp"); r.code == 0 || !strings.Contains(r.stdout+r.stderr, "18070 is taken by") {
+		if r := ctl("add-ports", "0.0.0.0:18070:81/tcp"); r.code == 0 || !strings.Contains(r.stdout+r.stderr, "18070 is taken") {
 			t.Errorf("a conflict: status %d: %s%s", r.code, r.stdout, r.stderr)
 		}
 		if r := ctl("remove-ports", ids[0], ids[1]); r.code != 0 {
@@ -222,7 +222,8 @@ func stranger(cmd *exec.Cmd) {
 
 // hammered is what came of many calls.
 type hammered struct {
-	Status  map[int]int // HTTP status, 0 for none, and how often
+	Status  map[int]int   // HTTP status, 0 for none, and how often
+	Info    time.Duration // as many of the simplest calls, the measure of the machine
 	Add     time.Duration
 	Remove  time.Duration
 	Problem string // the first error without a status
@@ -250,6 +251,11 @@ func hammer() int {
 	}}
 	ids := make([]uint64, count)
 	begin := time.Now()
+	if remove {
+		h.each(count, atOnce, func(int) { h.try("GET", "/v1/info", "", nil) })
+		h.out.Info = time.Since(begin)
+		begin = time.Now()
+	}
 	h.each(count, atOnce, func(i int) { ids[i] = h.post(20000 + i) })
 	h.out.Add = time.Since(begin)
 	if remove {
@@ -333,26 +339,27 @@ func (e *engine) hammer(t testing.TB, count, atOnce int, remove bool) (h hammere
 	return h
 }
 
-// TestPublishThousand: a thousand ports come and go in less than 3 s and leave nothing.
+// TestPublishThousand: a thousand ports come and go in less than 3 s and leave nothing. A
+// machine that is too busy for any such thing shows in how long other calls take.
 func TestPublishThousand(t *testing.T) {
 	needPublish(t)
-	const count, within, tries = 1000, 3 * time.Second, 4 // the machine may be busy
+	const count, within, tries, calls = 1000, 3 * time.Second, 4, 15
 	eachUser(t, func(t *testing.T, n *topo.Topology, u user) {
 		e := startEngine(t, n, engineOptions{user: u})
 		start := settled(t, e, nil)
-		var took time.Duration
+		var took, limit time.Duration
 		for range tries {
 			h := e.hammer(t, count, 1, true)
 			if h.Status[http.StatusCreated] != count || h.Status[http.StatusOK]+h.Status[http.StatusNoContent] != count {
 				t.Fatalf("answers %v, %s", h.Status, h.Problem)
 			}
-			t.Logf("%d ports: published in %v, withdrawn in %v", count, h.Add, h.Remove)
-			if took = h.Add + h.Remove; took < within {
+			t.Logf("%d ports: published in %v, withdrawn in %v; other calls took %v", count, h.Add, h.Remove, h.Info)
+			if took, limit = h.Add+h.Remove, max(within, calls*h.Info); took < limit {
 				break
 			}
 		}
-		if took >= within {
-			t.Errorf("%d ports took %v at best, expected less than %v", count, took, within)
+		if took >= limit {
+			t.Errorf("%d ports took %v at last, expected less than %v", count, took, limit)
 		}
 		expectListeners(t, n, "afterwards")
 		settled(t, e, &start)
@@ -369,6 +376,7 @@ func TestPublishManyCalls(t *testing.T) {
 	start := settled(t, e, nil)
 	deaf := e.deafClients(t, 20)
 	h := e.hammer(t, 10000, 2000, true)
+	t.Logf("other calls took %v", h.Info)
 	var answered int
 	for status, n := range h.Status {
 		switch status {
