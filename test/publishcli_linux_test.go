@@ -263,7 +263,7 @@ func TestPublishConfig(t *testing.T) {
 		reach(t, n, "tcp", 18080)
 		e.end(t)
 		expectListeners(t, n, "after the engine")
-		e = startUp(t, n, u, `publish = ["18080:81"]`, "-p", "18082:81")
+		startUp(t, n, u, `publish = ["18080:81"]`, "-p", "18082:81")
 		expectListeners(t, n, "with publish and -p", onAll("tcp", 18082))
 	})
 }
