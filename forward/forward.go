@@ -43,7 +43,7 @@ type Forwarder struct {
 	udp    *udpMaps
 	ports  *udpPorts
 	pings  *pings
-	tcp    *share
+	tcp    *share[netip.Addr]
 	wants  *rate.Limiter // of warnings that a dial failed for want of something
 	stats  tcpCounters
 	in     *inbounds
@@ -74,7 +74,7 @@ func New(cfg Config) *Forwarder {
 	}
 	f := &Forwarder{
 		table: cfg.Table, policy: cfg.Policy, log: log,
-		tcp: newShare(cfg.MaxTCP), wants: rate.NewLimiter(rate.Every(time.Second), 5), relays: make(map[*relay]struct{}),
+		tcp: newShare[netip.Addr](cfg.MaxTCP), wants: rate.NewLimiter(rate.Every(time.Second), 5), relays: make(map[*relay]struct{}),
 		in: newInbounds(),
 	}
 	f.idle.L = &f.mu

@@ -39,8 +39,9 @@ import (
 //
 // Limits: as many flows as all others together have, Config.MaxTCP, of which one client
 // address has two thirds; inboundDials that are being connected, two thirds of them to one
-// address of the guest. Beyond them clients are reset and counted. When accept(2) fails for
-// want of something the listener rests, 10 ms to 1 s, and clients wait in its queue.
+// address and port of the guest (most ports lead to one address, the engine's own). Beyond
+// them clients are reset and counted. When accept(2) fails for want of something the
+// listener rests, 10 ms to 1 s, and clients wait in its queue.
 //
 // What is not handled: a client that gives up while the guest is being connected is
 // noticed only when that is done.
@@ -58,8 +59,8 @@ var errNoDoors = errors.New("there is no way into the guest")
 
 // inbounds is what a Forwarder has of published ports.
 type inbounds struct {
-	doors Doors // or nil: nothing is published
-	dials *share
+	doors Doors                  // or nil: nothing is published
+	dials *share[netip.AddrPort] // by what is reached
 	// patience is how long the guest may take to answer.
 	patience time.Duration
 	// serve listens on an event loop, where there is one.
@@ -73,7 +74,7 @@ type inbounds struct {
 }
 
 func newInbounds() *inbounds {
-	in := &inbounds{dials: newShare(inboundDials), patience: inboundPatience}
+	in := &inbounds{dials: newShare[netip.AddrPort](inboundDials), patience: inboundPatience}
 	in.ctx, in.cancel = context.WithCancel(context.Background())
 	return in
 }
@@ -211,12 +212,12 @@ func (f *Forwarder) welcome(c client, in *Inbound) {
 
 // serveClient connects the guest and relays, beginning with the way of p.
 func (f *Forwarder) serveClient(ctx context.Context, c client, in *Inbound, p passage) {
-	if !f.in.dials.take(p.to.Addr()) {
+	if !f.in.dials.take(p.to) {
 		f.refuse(c, in, p, errDialLimit)
 		return
 	}
 	guest, fl, err := f.enter(ctx, c.addr, &p)
-	f.in.dials.give(p.to.Addr())
+	f.in.dials.give(p.to)
 	if err == nil && in.Proxy {
 		if _, err = guest.Write(proxyHeader(c.addr, c.at)); err != nil {
 			guest.Abort()

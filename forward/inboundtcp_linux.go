@@ -178,7 +178,7 @@ func (s *Sockets) welcome(conn int, addr netip.AddrPort, in *Inbound) {
 		d.toGoroutine()
 		return
 	}
-	if !s.f.in.dials.take(p.to.Addr()) {
+	if !s.f.in.dials.take(p.to) {
 		s.f.refused(addr, in, p, errDialLimit)
 		resetFD(conn)
 		return
@@ -255,6 +255,10 @@ func (d *inboundDial) connect(fd int, err error) {
 			unix.Close(fd)
 		}
 		return
+	}
+	if err == nil && fd > maxFD() { // the rest of us needs those that are left
+		unix.Close(fd)
+		err = unix.EMFILE
 	}
 	if err != nil {
 		d.failed(&socketError{err})
@@ -373,7 +377,7 @@ func (d *inboundDial) end() {
 		d.timer.Stop()
 	}
 	delete(d.s.inbound, d)
-	d.s.f.in.dials.give(d.passage.to.Addr())
+	d.s.f.in.dials.give(d.passage.to)
 }
 
 // acceptClient takes a connection from the queue of ln, which Go's poller watches.
@@ -417,6 +421,10 @@ func clientOf(fd int, peer netip.AddrPort) (client, error) {
 // dialInside connects a socket of the guest's namespace.
 func dialInside(ctx context.Context, doors Doors, p passage) (flow.Conn, error) {
 	fd, err := doors.Socket(p.kind(), true)
+	if err == nil && fd > maxFD() {
+		unix.Close(fd)
+		err = unix.EMFILE
+	}
 	if err != nil {
 		return nil, &socketError{err}
 	}

@@ -325,8 +325,8 @@ func TestInboundLimits(t *testing.T) {
 	onBoth(t, func(t *testing.T, onLoop bool) {
 		silent := netip.AddrPortFrom(loopback4, fullListener(t))
 		for name, tune := range map[string]func(*Forwarder){
-			"dials": func(f *Forwarder) { f.in.dials = newShare(6) }, // 4 of one guest address
-			"flows": func(f *Forwarder) { f.tcp = newShare(6) },      // 4 of one client address
+			"dials": func(f *Forwarder) { f.in.dials = newShare[netip.AddrPort](6) }, // 4 to one port
+			"flows": func(f *Forwarder) { f.tcp = newShare[netip.Addr](6) },          // 4 of one client address
 		} {
 			p := publishTCP(t, onLoop, anyPort, Inbound{Guest: silent}, &hostDoors{}, tune)
 			var waiting []*net.TCPConn
@@ -337,6 +337,11 @@ func TestInboundLimits(t *testing.T) {
 			p.wantReset()
 			if st := p.f.Stats().TCP; st.InboundLimit+st.GuestLimit != 1 || p.refused.Load() != 1 {
 				t.Errorf("%s: %d beyond the limit of dials, %d of flows, %d refused", name, st.InboundLimit, st.GuestLimit, p.refused.Load())
+			}
+			if another := netip.AddrPortFrom(loopback4, 1); !p.f.in.dials.take(another) {
+				t.Errorf("%s: a port that does not answer keeps others from being dialled", name)
+			} else {
+				p.f.in.dials.give(another)
 			}
 			for _, c := range waiting {
 				c.SetReadDeadline(time.Now().Add(time.Millisecond))

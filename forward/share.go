@@ -1,29 +1,29 @@
 package forward
 
 import (
-	"net/netip"
 	"sync"
 	"sync/atomic"
 )
 
-// share bounds how many of something there are at a time, and gives no guest address
-// more than two thirds of it, so that one container cannot use up what all need.
-type share struct {
+// share bounds how many of something there are at a time, and gives no guest (a guest's
+// address, or whatever K tells apart) more than two thirds of it, so that one container cannot
+// use up what all need.
+type share[K comparable] struct {
 	most, perGuest int
 	refused        atomic.Uint64 // for want of room of all guests
 	refusedGuest   atomic.Uint64 // because one guest had its part
 
 	mu     sync.Mutex // guards the fields below
 	n      int
-	guests map[netip.Addr]int
+	guests map[K]int
 }
 
-func newShare(most int) *share {
-	return &share{most: most, perGuest: max(1, most*2/3), guests: make(map[netip.Addr]int)}
+func newShare[K comparable](most int) *share[K] {
+	return &share[K]{most: most, perGuest: max(1, most*2/3), guests: make(map[K]int)}
 }
 
 // take takes one for guest, and reports whether there was one; give gives it back.
-func (s *share) take(guest netip.Addr) bool {
+func (s *share[K]) take(guest K) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
@@ -39,7 +39,7 @@ func (s *share) take(guest netip.Addr) bool {
 	return true
 }
 
-func (s *share) give(guest netip.Addr) {
+func (s *share[K]) give(guest K) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.n--
@@ -48,7 +48,7 @@ func (s *share) give(guest netip.Addr) {
 	}
 }
 
-func (s *share) len() int {
+func (s *share[K]) len() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.n

@@ -6,7 +6,7 @@ import (
 )
 
 func TestShare(t *testing.T) {
-	s := newShare(6)
+	s := newShare[netip.Addr](6)
 	a, b := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
 	taken := func(guest netip.Addr, tries int) (n int) {
 		for range tries {
