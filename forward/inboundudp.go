@@ -47,8 +47,10 @@ import (
 //
 // Ends. A mapping ends after its port's UDPIdle without a datagram either way. At most
 // inboundPerPort are a port's and inboundMost all ports': the oldest that saw traffic in
-// one direction only goes first, its own port's before another's, so that a flood from
-// forged addresses meets itself. A port that is closed forgets its mappings.
+// one direction only goes first, of a port with many before one with few, so that a flood
+// from forged addresses meets itself. Plain ones, which need a socket each, are as many as
+// the limit of descriptors leaves; a port beyond that pays with its own. A port that is
+// closed forgets its mappings.
 //
 // Nothing blocks: datagrams that wait for a plain socket are few (inboundPending), and
 // the rest is dropped and counted.
@@ -115,6 +117,7 @@ type udpPorts struct {
 	sweeper sweeper
 	openers sync.WaitGroup // of plain sockets
 	some    atomic.Bool    // something was published; spares the rest until then
+	plains  int            // most plain mappings
 
 	evicted atomic.Uint64 // mappings that gave way at a limit
 
@@ -124,6 +127,7 @@ type udpPorts struct {
 	flows  map[udpEnds]*udpClient
 	all    [2]list.List // of *udpClient, oldest first, by whether they are answered
 	n      int
+	plain  int // of those
 	next   int // of gatewayPorts
 }
 
@@ -160,6 +164,11 @@ func newUDPPorts(maps *udpMaps, sockets inboundSockets) *udpPorts {
 		maps: maps, guest: maps.cfg.Guest, table: maps.cfg.Table, log: maps.cfg.Log, sockets: sockets,
 		errors: rate.NewLimiter(errorRate, errorBurst),
 		from:   make(map[netip.AddrPort][]*udpPort), flows: make(map[udpEnds]*udpClient), next: rand.IntN(gatewayPorts),
+	}
+	if share := socketShare(); share < udpMaxMappings { // the guest's own mappings may have that
+		u.plains = share / 2
+	} else {
+		u.plains = inboundMost
 	}
 	u.sweeper.start(udpSweep, u.sweep)
 	return u
@@ -362,7 +371,7 @@ func (u *udpPorts) add(c *udpClient, choose func() bool) *udpClient {
 		count(p.in.Count.Dropped)
 		return nil
 	}
-	victim := u.victimLocked(p)
+	victim := u.victimLocked(c)
 	if victim != nil {
 		u.unlinkLocked(victim)
 	}
@@ -386,6 +395,9 @@ func (u *udpPorts) linkLocked(c *udpClient) {
 	p := c.port
 	p.clients[c.key] = c
 	u.n++
+	if c.plain {
+		u.plain++
+	}
 	c.own, c.all = p.own[0].PushBack(c), u.all[0].PushBack(c)
 	for _, e := range c.ends() {
 		if u.flows[e] == nil {
@@ -398,6 +410,9 @@ func (u *udpPorts) unlinkLocked(c *udpClient) {
 	p, kind := c.port, c.kind()
 	delete(p.clients, c.key)
 	u.n--
+	if c.plain {
+		u.plain--
+	}
 	p.own[kind].Remove(c.own)
 	u.all[kind].Remove(c.all)
 	c.own = nil
@@ -408,30 +423,39 @@ func (u *udpPorts) unlinkLocked(c *udpClient) {
 	}
 }
 
-// victimLocked returns the mapping that has to go for a new one of p, nil if none. The
-// caller must hold mu.
-func (u *udpPorts) victimLocked(p *udpPort) *udpClient {
-	if len(p.clients) < inboundPerPort && u.n < inboundMost {
-		return nil
+// victimLocked returns the mapping that has to go for c, nil if none. The caller must
+// hold mu.
+func (u *udpPorts) victimLocked(c *udpClient) *udpClient {
+	switch p := c.port; {
+	case len(p.clients) >= inboundPerPort, c.plain && u.plain >= u.plains && len(p.clients) > 0:
+		return worst(&p.own)
+	case u.n >= inboundMost:
+		return worst(&u.all)
 	}
-	if c := quietest(&p.own); c != nil {
-		return c
-	}
-	return quietest(&u.all)
+	return nil
 }
 
-// quietest returns the oldest mapping with traffic in one direction, else of a few old
-// ones the one that is quiet for longest. Those go to the end, so that the next look is
-// at others.
-func quietest(lists *[2]list.List) *udpClient {
-	if e := lists[0].Front(); e != nil {
-		return e.Value.(*udpClient)
+// worst returns which of a few old mappings has to go: one with traffic in one direction,
+// if there is any, and of the port that has most.
+func worst(lists *[2]list.List) (victim *udpClient) {
+	e := lists[0].Front()
+	for i := 0; i < evictionLook && e != nil; i++ {
+		if c := e.Value.(*udpClient); victim == nil || len(c.port.clients) > len(victim.port.clients) {
+			victim = c
+		}
+		e = e.Next()
 	}
-	var victim *udpClient
+	if victim != nil {
+		return victim
+	}
+	// Of the others the one that is quiet for longest. Those go to the end, so that the next
+	// look is at others.
 	for range min(evictionLook, lists[1].Len()) {
 		e := lists[1].Front()
 		lists[1].MoveToBack(e)
-		if c := e.Value.(*udpClient); victim == nil || c.flow.LastSeen().Before(victim.flow.LastSeen()) {
+		c := e.Value.(*udpClient)
+		if victim == nil || len(c.port.clients) > len(victim.port.clients) ||
+			c.port == victim.port && c.flow.LastSeen().Before(victim.flow.LastSeen()) {
 			victim = c
 		}
 	}

@@ -133,6 +133,10 @@ func (s *publishedUDP) close() {
 
 // adopt implements inboundSockets.
 func (u *hostUDPSockets) adopt(fd int, v6 bool, c *udpClient) (udpSocket, error) {
+	if fd > maxFD() { // the rest of us needs those that are left
+		unix.Close(fd)
+		return nil, unix.EMFILE
+	}
 	if err := reportAll(fd, v6); err != nil {
 		unix.Close(fd)
 		return nil, err

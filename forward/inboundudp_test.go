@@ -2,6 +2,7 @@ package forward
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -332,6 +333,60 @@ func TestInboundUDPLimits(t *testing.T) {
 	u.port(other, "0.0.0.0:9090").client("198.51.100.7:5000", "192.0.2.1", "x")
 	if u.len() != inboundPerPort+1 {
 		t.Errorf("%d mappings, want one more than %d", u.len(), inboundPerPort)
+	}
+}
+
+// Ports with few clients do not pay for those with many.
+func TestInboundUDPFloodOfPorts(t *testing.T) {
+	u := publishUDP(t)
+	server := inWildcard
+	server.Guest = ap("192.168.65.3:9090")
+	p := u.port(server, "0.0.0.0:9090")
+	for _, c := range []string{"198.51.100.7:5000", "198.51.100.8:5000"} {
+		p.client(c, "192.0.2.1", "x")
+		u.guestSends("192.168.65.3:9090", c, "answer")
+	}
+	p.client("198.51.100.9:5000", "192.0.2.1", "not answered yet")
+	base := ip("203.0.113.0").As4()
+	flood := func(in Inbound, at string, n int) {
+		q := u.port(in, at)
+		for i := range n {
+			base[1], base[2], base[3] = byte(i>>16), byte(i>>8), byte(i)
+			q.fromClient(clientKey{netip.AddrPortFrom(netip.AddrFrom4(base), 6000), ip("192.0.2.1")}, flow.Datagram{})
+		}
+	}
+	for i := range 5 {
+		in := inWildcard
+		in.Guest = netip.AddrPortFrom(in.Guest.Addr(), uint16(1000+i))
+		flood(in, fmt.Sprintf("0.0.0.0:%d", 1000+i), inboundPerPort)
+	}
+	if u.len() != inboundMost {
+		t.Fatalf("%d mappings, want %d", u.len(), inboundMost)
+	}
+	for _, c := range []string{"198.51.100.10:5000", "198.51.100.11:5000"} {
+		p.client(c, "192.0.2.1", "x")
+	}
+	if n := len(p.clients); n != 5 {
+		t.Errorf("%d clients of the port that is not flooded, want 5", n)
+	}
+	if u.len() != inboundMost {
+		t.Errorf("%d mappings, want %d", u.len(), inboundMost)
+	}
+}
+
+// Where descriptors are few, plain mappings beyond a part of them cost their own port's.
+func TestInboundUDPPlainLimit(t *testing.T) {
+	u := publishUDP(t)
+	u.plains = 10
+	local := Inbound{Guest: ap("127.0.0.1:53")}
+	p, q := u.port(local, "0.0.0.0:53"), u.port(local, "0.0.0.0:54")
+	for i := range 20 {
+		p.client(fmt.Sprintf("198.51.100.7:%d", 5000+i), "192.0.2.1", "x")
+	}
+	q.client("198.51.100.7:5000", "192.0.2.1", "x") // one is always to be had
+	q.client("198.51.100.7:5001", "192.0.2.1", "x")
+	if len(p.clients) != 10 || len(q.clients) != 1 || u.plain != 11 {
+		t.Errorf("%d and %d clients, %d plain", len(p.clients), len(q.clients), u.plain)
 	}
 }
 
