@@ -50,7 +50,7 @@ func (e *engine) openBook(s *services) {
 		Bind:    e.cfg.PublishBind, Allowed: e.cfg.PublishPorts.Allows, Source: e.cfg.SourceIP,
 		Inside:    e.doors.inside,
 		Yields:    ownerAuto,
-		Inherited: inheritedSockets(),
+		Inherited: e.passedOn,
 		Log:       e.log.With(slog.String("component", "publish")),
 	})
 	s.onStop(e.book.Close)

@@ -56,7 +56,8 @@ type engine struct {
 	state    *stateDir
 	net      guestNet
 	started  time.Time
-	warnings []string // constant once the command runs
+	warnings []string   // constant once the command runs
+	passedOn []*os.File // sockets of a service manager; the book's once there is one
 
 	agent   *nsagent.Agent
 	main    atomic.Pointer[nsagent.Process] // nil before the command runs, and with attach
@@ -91,6 +92,7 @@ func (e *engine) run(ctx context.Context) (code int, err error) {
 	if e.cfg, err = e.opts.Config.Engine(e.opts.Name); err != nil {
 		return 0, err
 	}
+	e.passedOn = inheritedSockets() // before any child, who would have them, too
 	signals := catchSignals()
 	defer signals.stop()
 	e.level.Set(e.cfg.LogLevel)
