@@ -42,6 +42,8 @@ func (e *engine) newDoors() *doors {
 	if e.agent.Report().IPv6 != "" { // the guest has none
 		d.ends.Gateway6, d.ends.Host6, d.ends.Guest6 = netip.Addr{}, netip.Addr{}, netip.Addr{}
 	}
+	// The first question waits for a lock of the kernel's; clients' questions do not.
+	d.Where(n.Gateway4)
 	return d
 }
 

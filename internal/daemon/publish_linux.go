@@ -45,7 +45,7 @@ func (e *engine) openBook(s *services) {
 	e.doors = e.newDoors()
 	e.forward.SetDoors(e.doors)
 	e.book = publish.New(publish.Config{
-		Guest4: e.net.Guest4, Guest6: e.net.Guest6,
+		Guest4: e.doors.ends.Guest4, Guest6: e.doors.ends.Guest6,
 		Carrier: carrier{e},
 		Bind:    e.cfg.PublishBind, Allowed: e.cfg.PublishPorts.Allows, Source: e.cfg.SourceIP,
 		Inside:    e.doors.inside,
