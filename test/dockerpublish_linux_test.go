@@ -191,6 +191,10 @@ func TestPublishDocker(t *testing.T) {
 		expectListeners(t, n, "docker run", ofPlain...)
 		d.inside(t, plain)
 		d.expectSources(t, n)
+		if k.name == "current" { // 20.10 has no rules for IPv6 unless it is told to
+			d.expectSources6(t, n)
+			expectListeners(t, n, "docker rm of a container with IPv6", ofPlain...)
+		}
 		d.conflict(t, n, ofPlain)
 
 		always := d.runImage(t, "--restart", "always", "-p", "18083:80")
@@ -229,9 +233,19 @@ func TestPublishDocker(t *testing.T) {
 		expectListeners(t, n, "started again after kill -9 of dockerd", ofAlways)
 		d.inside(t, always)
 		reach(t, n, "tcp", 18083)
-		d.stop(t)
-		expectListeners(t, n, "slipway stopped")
-		d.up(t, n)
+		if k.name == "current" {
+			before := d.engine.before
+			d.engine.cmd.Process.Kill()
+			<-d.engine.done
+			expectListeners(t, n, "slipway was killed")
+			d.over(t)
+			d.up(t, n)
+			d.engine.before = before // the next start clears what a killed daemon left
+		} else {
+			d.stop(t)
+			expectListeners(t, n, "slipway stopped")
+			d.up(t, n)
+		}
 		expectListeners(t, n, "slipway started again", ofAlways)
 		d.must(t, "rm", "-f", plain, always)
 		expectListeners(t, n, "docker rm")
@@ -306,6 +320,41 @@ func (d *docker) expectSources(t *testing.T, n *topo.Topology) {
 			}
 		}
 	}
+}
+
+// expectSources6 asks a container that has IPv6: its clients keep their addresses there, too.
+func (d *docker) expectSources6(t *testing.T, n *topo.Topology) {
+	t.Helper()
+	host := inBrackets(topo.Host6)
+	d.must(t, "network", "create", "--ipv6", "--subnet", "10.88.1.0/24", "--subnet", "fd00:d0d::/64", "dual")
+	id := d.runImage(t, "--network", "dual", "-p", "18084:80", "-p", "18084:80/udp", "-p", host+":18085:80", "-p", host+":18085:80/udp", "-p", "[::1]:18086:80")
+	d.inside(t, id)
+	loopback, own, other := clientsOf(n, families[1])
+	_, _, other4 := clientsOf(n, families[0])
+	for _, tt := range []struct {
+		client client
+		to     netip.Addr
+		port   uint16
+		protos string
+		want   string
+		family family
+	}{
+		{loopback, loopback.from, 18084, "tcp udp", "gateway", families[1]},
+		{own, topo.Host6, 18084, "tcp udp", "client", families[1]},
+		{other, topo.Host6, 18084, "tcp udp", "client", families[1]},
+		{other4, topo.Host4, 18084, "tcp udp", "client", families[0]},
+		{own, topo.Host6, 18085, "tcp udp", "client", families[1]},
+		{other, topo.Host6, 18085, "tcp udp", "client", families[1]},
+		{loopback, loopback.from, 18086, "tcp", "gateway", families[1]},
+	} {
+		for _, proto := range strings.Fields(tt.protos) {
+			s, err := tt.client.ask(proto, netip.AddrPortFrom(tt.to, tt.port))
+			if problem := s.differs(tt.want, tt.family); err != nil || problem != "" {
+				t.Errorf("with IPv6: %d/%s, from %v: %s %v", tt.port, proto, tt.client.from, problem, err)
+			}
+		}
+	}
+	d.must(t, "rm", "-f", id)
 }
 
 // conflict asks for a port that a process of the host has: docker run fails with our
