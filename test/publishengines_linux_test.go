@@ -76,8 +76,10 @@ func TestPublishAttach(t *testing.T) {
 					t.Fatal(err)
 				}
 			} else {
-				d.options = []string{"--userland-proxy-path", proxyPath}
-				d.env = []string{"SLIPWAY_SOCK=" + d.engine.sock("guest.sock")}
+				// A current one drops what comes from outside for a container's address.
+				d.program = newestDockerd(t)
+				d.options = []string{"--userland-proxy-path", proxyPath, "--feature", "time-namespaces=false"}
+				d.env = []string{"SLIPWAY_SOCK=" + d.engine.sock("guest.sock"), "DOCKER_MIN_API_VERSION=1.24"}
 			}
 			e := a.attachAs(t, name, flags...)
 			d.start(t)
@@ -88,6 +90,8 @@ func TestPublishAttach(t *testing.T) {
 			expectListeners(t, n, "docker run", all...)
 			d.inside(t, c)
 			reach(t, n, "tcp", 18080)
+			reach(t, n, "udp", 18081)
+			reach(t, n, "tcp", 18082)
 
 			a.detach(t, e)
 			expectListeners(t, n, "slipway ended")
