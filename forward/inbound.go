@@ -146,7 +146,7 @@ const (
 	whyUnrouted  = "the guest has no route to the client's address"
 	whyNeverWire = "the client's address may not be on a wire"
 	whyInUse     = "the client's port is connected to that port already"
-	whyIndirect  = "the engine lets nobody from outside reach its containers"
+	whyIndirect  = "slipway does not know that the engine lets packets from outside in to its containers"
 	whyNotInside = "the port leads to an address that the guest has not"
 )
 
