@@ -31,6 +31,9 @@ const (
 var bin = os.Getenv(envBin)
 
 func TestMain(m *testing.M) {
+	if os.Getenv(envPretend) != "" {
+		os.Exit(m.Run())
+	}
 	if os.Getenv(envInside) == "" {
 		os.Exit(outside())
 	}

@@ -87,7 +87,11 @@ func (f *fakeEngine) RemovePort(id uint64) error {
 // pretend serves a fakeEngine as slipway finds engines, until the test ends.
 func pretend(t *testing.T, name string) *fakeEngine {
 	t.Helper()
-	f := &fakeEngine{dir: filepath.Join("/run/slipway", name)}
+	root := "/run/slipway"
+	if d := os.Getenv("XDG_RUNTIME_DIR"); d != "" {
+		root = filepath.Join(d, "slipway")
+	}
+	f := &fakeEngine{dir: filepath.Join(root, name)}
 	if err := os.MkdirAll(f.dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -112,8 +116,8 @@ func pretend(t *testing.T, name string) *fakeEngine {
 		}
 		lock.Close()
 		os.RemoveAll(f.dir)
-		os.Remove("/run/slipway/lock")
-		os.Remove("/run/slipway") // unless there is another
+		os.Remove(filepath.Join(root, "lock"))
+		os.Remove(root) // unless there is another
 	})
 	return f
 }

@@ -92,7 +92,8 @@ func NameFor(command []string, pid int) string {
 const socketName = "api.sock"
 
 // ClientOf returns a client for this user's engine of that name, running or not. It is
-// an error if the engine could be somebody else's.
+// an error if the engine could be somebody else's. A process that is not root's loses the
+// capabilities that it has of its file: it is for commands that do nothing but ask.
 func ClientOf(name string) (*api.Client, error) {
 	if err := config.CheckName(name); err != nil {
 		return nil, err
@@ -101,5 +102,6 @@ func ClientOf(name string) (*api.Client, error) {
 	if err := checkRoot(root); err != nil {
 		return nil, err
 	}
+	beVisible()
 	return api.NewClient(name, filepath.Join(root, name, socketName)), nil
 }

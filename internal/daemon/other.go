@@ -18,3 +18,5 @@ func Engines() ([]string, error) { return nil, errLinux }
 func stateRoot() string { return "" }
 
 func checkRoot(string) error { return errLinux }
+
+func beVisible() {}
