@@ -36,6 +36,7 @@ func (e *engine) prepareDockerd(ctx context.Context) error {
 		Rootless: e.spec().Rootless, Help: help, Extra: e.cfg.Command,
 		Configured: docker.Configured(e.cfg.Command, os.ReadFile),
 	})
+	e.wrapper = docker.DockerdWrapper(e.cfg.Command)
 	return nil
 }
 

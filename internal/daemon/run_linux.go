@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -70,6 +71,8 @@ type engine struct {
 	kernel  *kernelPath // nil without
 	doors   *doors
 	book    *publish.Book // nil before the services are made
+
+	wrapper []string // in front of the command; see docker.DockerdWrapper
 
 	pathWhy string // why the kernel path is used, or not
 }
@@ -278,7 +281,7 @@ func (e *engine) startMain(ctx context.Context) error {
 		dir, _ = os.Getwd() // a directory that was removed: the agent's own
 	}
 	p, err := e.agent.Exec(ctx, nsagent.Command{
-		Args: e.opts.Command, Env: e.guestEnv(e.opts.Env), Dir: dir,
+		Args: slices.Concat(e.wrapper, e.opts.Command), Env: e.guestEnv(e.opts.Env), Dir: dir,
 		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr,
 		Main: true,
 	})

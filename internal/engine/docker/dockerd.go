@@ -48,12 +48,19 @@ func DataRoot(name, dataHome string) string {
 	return filepath.Join(dataHome, "slipway", name, "docker")
 }
 
-// ownContainerd is a shell script that becomes its arguments. dockerd uses a containerd that
-// it finds at the usual place, and starts one of its own otherwise. The host's cannot serve
-// it: the host's containerd sees neither the mounts nor the network in here, so containers
-// would start without files, or in the host's network. So the place is covered.
+// ownPlaces is a shell script that becomes its arguments, and covers what dockerd has at
+// places that no option moves. Plugins are in /run/docker: those of another dockerd are
+// not this one's. A user cannot make that directory, but cover it.
+const ownPlaces = `mkdir -m 700 /run/docker 2>/dev/null
+[ ! -d /run/docker ] || mount -t tmpfs -o mode=700 slipway /run/docker || exit 125
+`
+
+// ownContainerd covers the host's containerd, too. dockerd uses a containerd that it finds
+// at the usual place, and starts one of its own otherwise. The host's cannot serve it: it
+// sees neither the mounts nor the network in here, so containers would start without
+// files, or in the host's network.
 const ownContainerd = `[ ! -S /run/containerd/containerd.sock ] || mount -t tmpfs -o mode=711 slipway /run/containerd || exit 125
-exec "$@"`
+`
 
 // dockerdOption is one of ours. Its long form is also its key in a configuration file.
 type dockerdOption struct {
@@ -65,7 +72,7 @@ type dockerdOption struct {
 // one, listens in the state directory, and publishes through slipway. Before it starts
 // ConfigName has to hold {} and ProxyName to be a link to slipway; for ports on addresses
 // of the host net.ipv4.ip_nonlocal_bind and its IPv6 twin have to be on, since newer
-// dockerds bind them inside.
+// dockerds bind them inside. What is executed is DockerdWrapper and then this.
 func DockerdCommand(o DockerdOptions) []string {
 	in := func(name string) string { return filepath.Join(o.StateDir, name) }
 	ours := []dockerdOption{
@@ -83,11 +90,7 @@ func DockerdCommand(o DockerdOptions) []string {
 		// Clients come from outside, as far as dockerd can see, with their own addresses.
 		ours = append(ours, dockerdOption{long: "allow-direct-routing"})
 	}
-	var command []string
-	if !given(o.Extra, dockerdOption{long: "containerd"}) {
-		command = []string{"/bin/sh", "-c", ownContainerd, "sh"}
-	}
-	command = append(command, cmp.Or(o.Program, "dockerd"))
+	command := []string{cmp.Or(o.Program, "dockerd")}
 	for _, c := range ours {
 		switch {
 		case c.long != "host" && (given(o.Extra, c) || slices.Contains(o.Configured, c.long)):
@@ -98,6 +101,17 @@ func DockerdCommand(o DockerdOptions) []string {
 		}
 	}
 	return append(command, o.Extra...)
+}
+
+// DockerdWrapper returns what has to be put in front of a DockerdCommand: it covers what the
+// host has at dockerd's places, in the engine's mounts, and becomes dockerd. extra are the
+// options of DockerdOptions.
+func DockerdWrapper(extra []string) []string {
+	script := ownPlaces
+	if !given(extra, dockerdOption{long: "containerd"}) {
+		script += ownContainerd
+	}
+	return []string{"/bin/sh", "-c", script + `exec "$@"`, "sh"}
 }
 
 // Prepare makes in a state directory what DockerdCommand's dockerd needs there. executable is

@@ -19,29 +19,27 @@ func TestDockerdCommand(t *testing.T) {
 		"--exec-root", "/run/slipway/a/docker", "--pidfile", "/run/slipway/a/docker.pid",
 		"--host", "unix:///run/slipway/a/docker.sock", "--userland-proxy-path", "/run/slipway/a/slipway-docker-proxy",
 	}
-	wrapped := func(words ...string) []string {
-		return append([]string{"/bin/sh", "-c", ownContainerd, "sh"}, words...)
-	}
+	with := func(words ...string) []string { return append(append([]string{"dockerd"}, usual...), words...) }
 	tests := []struct {
 		name   string
 		change func(*DockerdOptions)
 		want   []string
 	}{
-		{"docker_20", func(*DockerdOptions) {}, wrapped(append([]string{"dockerd"}, usual...)...)},
-		{"docker_28", func(o *DockerdOptions) { o.Help = help28 }, wrapped(append(append([]string{"dockerd"}, usual...), "--allow-direct-routing")...)},
-		{"rootless", func(o *DockerdOptions) { o.Rootless = true }, wrapped(append(append([]string{"dockerd"}, usual...), "--rootless")...)},
+		{"docker_20", func(*DockerdOptions) {}, with()},
+		{"docker_28", func(o *DockerdOptions) { o.Help = help28 }, with("--allow-direct-routing")},
+		{"rootless", func(o *DockerdOptions) { o.Rootless = true }, with("--rootless")},
 		{"own_containerd", func(o *DockerdOptions) { o.Program, o.Extra = "/opt/dockerd", []string{"--containerd=/c.sock"} },
 			append(append([]string{"/opt/dockerd"}, usual...), "--containerd=/c.sock")},
 		{"given", func(o *DockerdOptions) {
 			o.Help = help28
 			o.Extra = []string{"--config-file=/etc/a.json", "-g", "/srv/a", "--exec-root", "/run/a", "-p/run/a.pid", "-H", "tcp://127.0.0.1:1",
 				"--userland-proxy-path=/p", "--allow-direct-routing=false"}
-		}, wrapped("dockerd", "--host", "unix:///run/slipway/a/docker.sock", "--config-file=/etc/a.json", "-g", "/srv/a", "--exec-root", "/run/a",
-			"-p/run/a.pid", "-H", "tcp://127.0.0.1:1", "--userland-proxy-path=/p", "--allow-direct-routing=false")},
+		}, []string{"dockerd", "--host", "unix:///run/slipway/a/docker.sock", "--config-file=/etc/a.json", "-g", "/srv/a", "--exec-root", "/run/a",
+			"-p/run/a.pid", "-H", "tcp://127.0.0.1:1", "--userland-proxy-path=/p", "--allow-direct-routing=false"}},
 		{"configured", func(o *DockerdOptions) {
 			o.Extra = []string{"--config-file", "/etc/a.json"}
 			o.Configured = []string{"data-root", "exec-root", "hosts", "pidfile", "userland-proxy-path"}
-		}, wrapped("dockerd", "--host", "unix:///run/slipway/a/docker.sock", "--config-file", "/etc/a.json")},
+		}, []string{"dockerd", "--host", "unix:///run/slipway/a/docker.sock", "--config-file", "/etc/a.json"}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
