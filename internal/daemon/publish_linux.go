@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -56,9 +57,19 @@ func (e *engine) openBook(s *services) {
 	s.onStop(e.book.Close)
 }
 
-// publishConfigured publishes what the configuration and the command line ask for.
+// publishConfigured publishes what the configuration and the command line ask for. The
+// hint is that of the first port that could not be.
 func (e *engine) publishConfigured() error {
-	return errors.Join(e.book.Reconcile(ownerConfig, e.cfg.Publish)...)
+	errs := e.book.Reconcile(ownerConfig, e.cfg.Publish)
+	if len(errs) == 0 {
+		return nil
+	}
+	hint := ""
+	for i, err := range errs {
+		errs[i] = e.told(err)
+		hint = cmp.Or(hint, hintOf(errs[i]))
+	}
+	return &Problem{Err: errors.Join(errs...), Hint: hint}
 }
 
 // reloadPorts takes over what is configured about published ports. Ports of other owners
@@ -66,7 +77,7 @@ func (e *engine) publishConfigured() error {
 func (e *engine) reloadPorts(now config.Settings) {
 	e.book.Update(now.PublishBind, now.PublishPorts.Allows, now.SourceIP)
 	for _, err := range e.book.Reconcile(ownerConfig, now.Publish) {
-		e.log.Error("port not published", slog.Any("err", err))
+		e.log.Error("port not published", slog.Any("err", e.told(err)))
 	}
 }
 
@@ -159,7 +170,7 @@ func (b backend) Ports() []api.Port {
 func (b backend) AddPort(_ context.Context, owner string, s flow.PortSpec) (api.Port, error) {
 	p, err := b.book.Add(owner, s)
 	if err != nil {
-		return api.Port{}, publishError(err)
+		return api.Port{}, publishError(b.told(err))
 	}
 	return portOfBook(p), nil
 }
@@ -208,6 +219,10 @@ func publishError(err error) *api.Error {
 
 // hintOf is what an error says that a user can do.
 func hintOf(err error) string {
+	var p *Problem
+	if errors.As(err, &p) {
+		return p.Hint
+	}
 	var h interface{ Hint() string }
 	if errors.As(err, &h) {
 		return h.Hint()
@@ -244,6 +259,7 @@ func (e *engine) reconciler(owner string) *reconciler {
 func (r *reconciler) apply(specs []flow.PortSpec) {
 	failed := make(map[string]bool)
 	for _, err := range r.engine.book.Reconcile(r.owner, specs) {
+		err = r.engine.told(err)
 		text := err.Error()
 		if failed[text] = true; !r.told[text] {
 			r.engine.log.Warn("port not published", slog.String("owner", r.owner), slog.Any("err", err))
