@@ -28,9 +28,9 @@ type Config struct {
 	Policy *Policy      // what may be dialled
 	Log    *slog.Logger // nil discards
 
-	// MaxTCP bounds the TCP flows, MaxUDP the UDP mappings; each costs a
-	// descriptor. One guest address may have two thirds. Zero means 65536 and
-	// 16384.
+	// MaxTCP bounds the TCP flows that guests begin, and as many that clients of
+	// published ports begin; MaxUDP the UDP mappings. Each costs a descriptor or two.
+	// One guest's, or client's, address may have two thirds. Zero means 65536 and 16384.
 	MaxTCP, MaxUDP int
 }
 
@@ -75,7 +75,7 @@ func New(cfg Config) *Forwarder {
 	f := &Forwarder{
 		table: cfg.Table, policy: cfg.Policy, log: log,
 		tcp: newShare[netip.Addr](cfg.MaxTCP), wants: rate.NewLimiter(rate.Every(time.Second), 5), relays: make(map[*relay]struct{}),
-		in: newInbounds(),
+		in: newInbounds(cfg.MaxTCP),
 	}
 	f.idle.L = &f.mu
 	f.udp = newUDPMaps(udpConfig{Guest: cfg.Guest, Table: cfg.Table, Policy: cfg.Policy, Log: log, Max: cfg.MaxUDP})
@@ -109,17 +109,18 @@ func (f *Forwarder) Decide(ctx context.Context, t flow.Tuple) flow.Verdict {
 	return flow.Verdict{Answer: flow.Connect, Host: conn, Flow: fl}
 }
 
-// begunBy is who began fl: the guest, or the client of a published port.
-func begunBy(fl *flow.Flow) netip.Addr {
+// shareOf is what fl counts for, and for whom: the guest, or the client of a published
+// port. These have a share of their own, or a neighbour could cut guests off from the world.
+func (f *Forwarder) shareOf(fl *flow.Flow) (*share[netip.Addr], netip.Addr) {
 	if fl.Decided == flow.Published {
-		return fl.Tuple.Target.Addr()
+		return f.in.flows, fl.Tuple.Target.Addr()
 	}
-	return fl.Tuple.Guest.Addr()
+	return f.tcp, fl.Tuple.Guest.Addr()
 }
 
 // open makes fl's entry, unless who began it has too many; close takes it away.
 func (f *Forwarder) open(fl *flow.Flow) bool {
-	if !f.tcp.take(begunBy(fl)) {
+	if s, by := f.shareOf(fl); !s.take(by) {
 		return false
 	}
 	f.table.Open(fl)
@@ -129,7 +130,8 @@ func (f *Forwarder) open(fl *flow.Flow) bool {
 func (f *Forwarder) close(fl *flow.Flow) {
 	fl.SetState(flow.Closed)
 	f.table.Close(fl)
-	f.tcp.give(begunBy(fl))
+	s, by := f.shareOf(fl)
+	s.give(by)
 }
 
 // denied is the answer to a target that policy refuses; it counts it.

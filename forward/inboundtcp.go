@@ -37,8 +37,8 @@ import (
 // or port is to be had) the next one is taken, see passage.otherwise; a guest that
 // refuses has refused.
 //
-// Limits: as many flows as all others together have, Config.MaxTCP, of which one client
-// address has two thirds; inboundDials that are being connected, two thirds of them to one
+// Limits: as many flows as guests may begin, Config.MaxTCP, of which one client address
+// has two thirds; inboundDials that are being connected, two thirds of them to one
 // address and port of the guest (most ports lead to one address, the engine's own). Beyond
 // them clients are reset and counted. When accept(2) fails for want of something the
 // listener rests, 10 ms to 1 s, and clients wait in its queue.
@@ -60,6 +60,7 @@ var errNoDoors = errors.New("there is no way into the guest")
 // inbounds is what a Forwarder has of published ports.
 type inbounds struct {
 	doors Doors                  // or nil: nothing is published
+	flows *share[netip.Addr]     // by the client
 	dials *share[netip.AddrPort] // by what is reached
 	// patience is how long the guest may take to answer.
 	patience time.Duration
@@ -73,8 +74,8 @@ type inbounds struct {
 	workers sync.WaitGroup
 }
 
-func newInbounds() *inbounds {
-	in := &inbounds{dials: newShare[netip.AddrPort](inboundDials), patience: inboundPatience}
+func newInbounds(most int) *inbounds {
+	in := &inbounds{flows: newShare[netip.Addr](most), dials: newShare[netip.AddrPort](inboundDials), patience: inboundPatience}
 	in.ctx, in.cancel = context.WithCancel(context.Background())
 	return in
 }
@@ -334,4 +335,6 @@ func proxyHeader(client, at netip.AddrPort) []byte {
 }
 
 // limited counts what was refused for want of room.
-func (i *inbounds) limited() uint64 { return i.dials.refused.Load() + i.dials.refusedGuest.Load() }
+func (i *inbounds) limited() uint64 {
+	return i.flows.refused.Load() + i.flows.refusedGuest.Load() + i.dials.refused.Load() + i.dials.refusedGuest.Load()
+}

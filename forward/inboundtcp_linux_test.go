@@ -116,7 +116,7 @@ func publishTCP(t *testing.T, onLoop bool, listen string, in Inbound, doors Door
 		if n := p.tab.Len(); n != 0 {
 			t.Errorf("%d flows are left in the table", n)
 		}
-		if n := p.f.tcp.len() + p.f.in.dials.len(); n != 0 {
+		if n := p.f.in.flows.len() + p.f.in.dials.len(); n != 0 {
 			t.Errorf("%d flows and dials are still counted", n)
 		}
 		if p.s != nil && len(p.s.inbound)+len(p.s.ports)+len(p.s.pairs) != 0 {
@@ -323,20 +323,26 @@ func TestInboundGivesUp(t *testing.T) {
 // Clients beyond the limits are reset; the others are not disturbed.
 func TestInboundLimits(t *testing.T) {
 	onBoth(t, func(t *testing.T, onLoop bool) {
+		outgoing := &flow.Flow{Tuple: flow.Tuple{Proto: flow.TCP, Guest: netip.AddrPortFrom(loopback4, 5000)}, Decided: flow.Direct}
 		silent := netip.AddrPortFrom(loopback4, fullListener(t))
 		for name, tune := range map[string]func(*Forwarder){
 			"dials": func(f *Forwarder) { f.in.dials = newShare[netip.AddrPort](6) }, // 4 to one port
-			"flows": func(f *Forwarder) { f.tcp = newShare[netip.Addr](6) },          // 4 of one client address
+			"flows": func(f *Forwarder) { f.in.flows = newShare[netip.Addr](6) },     // 4 of one client address
 		} {
 			p := publishTCP(t, onLoop, anyPort, Inbound{Guest: silent}, &hostDoors{}, tune)
 			var waiting []*net.TCPConn
 			for range 4 {
 				waiting = append(waiting, p.call())
 			}
-			waitFor(t, "all wait", func() bool { return p.f.tcp.len() == 4 })
+			waitFor(t, "all wait", func() bool { return p.f.in.flows.len() == 4 })
 			p.wantReset()
-			if st := p.f.Stats().TCP; st.InboundLimit+st.GuestLimit != 1 || p.refused.Load() != 1 {
-				t.Errorf("%s: %d beyond the limit of dials, %d of flows, %d refused", name, st.InboundLimit, st.GuestLimit, p.refused.Load())
+			if st := p.f.Stats().TCP; st.InboundLimit != 1 || p.refused.Load() != 1 {
+				t.Errorf("%s: %d beyond the limits, %d refused", name, st.InboundLimit, p.refused.Load())
+			}
+			if !p.f.open(outgoing) {
+				t.Errorf("%s: clients take the guest's room", name)
+			} else {
+				p.f.close(outgoing)
 			}
 			if another := netip.AddrPortFrom(loopback4, 1); !p.f.in.dials.take(another) {
 				t.Errorf("%s: a port that does not answer keeps others from being dialled", name)

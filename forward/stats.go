@@ -12,9 +12,9 @@ type TCPStats struct {
 	Denied       uint64 `json:"denied"`        // by policy
 	Cancelled    uint64 `json:"cancelled"`     // the guest gave up first
 	Failed       uint64 `json:"failed"`        // for want of a descriptor, port or memory on the host
-	FlowLimit    uint64 `json:"flow_limit"`    // beyond the limit of flows
-	GuestLimit   uint64 `json:"guest_limit"`   // beyond one guest address's, or client's, share of it
-	InboundLimit uint64 `json:"inbound_limit"` // clients of published ports beyond the limit of those that wait for the guest
+	FlowLimit    uint64 `json:"flow_limit"`    // beyond the limit of flows that guests begin
+	GuestLimit   uint64 `json:"guest_limit"`   // beyond one guest address's share of it
+	InboundLimit uint64 `json:"inbound_limit"` // clients of published ports beyond the limit of their flows, or of those that wait for the guest
 }
 
 // Stats is what happened to the guest's flows.
@@ -31,7 +31,7 @@ func (f *Forwarder) Stats() Stats {
 	udp.Clients, udp.ClientsEvicted = f.ports.len(), f.ports.evicted.Load()
 	return Stats{
 		TCP: TCPStats{
-			Flows: f.tcp.len(), Limit: f.tcp.most,
+			Flows: f.tcp.len() + f.in.flows.len(), Limit: f.tcp.most + f.in.flows.most,
 			Connected: c.connected.Load(), Refused: c.refused.Load(), Unreachable: c.unreachable.Load(),
 			TimedOut: c.timedOut.Load(), Denied: c.denied.Load(), Cancelled: c.cancelled.Load(), Failed: c.failed.Load(),
 			FlowLimit: f.tcp.refused.Load(), GuestLimit: f.tcp.refusedGuest.Load(), InboundLimit: f.in.limited(),
