@@ -48,18 +48,19 @@ func DataRoot(name, dataHome string) string {
 	return filepath.Join(dataHome, "slipway", name, "docker")
 }
 
-// ownPlaces is a shell script that becomes its arguments, and covers what dockerd has at
-// places that no option moves. Plugins are in /run/docker: those of another dockerd are
-// not this one's. A user cannot make that directory, but cover it.
+// ownPlaces is the beginning of a shell script: it covers what dockerd has at a place that
+// no option moves. Plugins are in /run/docker: those of another dockerd are
+// not this one's. A user cannot make that directory, but can cover it.
 const ownPlaces = `mkdir -m 700 /run/docker 2>/dev/null
 [ ! -d /run/docker ] || mount -t tmpfs -o mode=700 slipway /run/docker || exit 125
 `
 
-// ownContainerd covers the host's containerd, too. dockerd uses a containerd that it finds
+// ownContainerd covers the host's containerd. dockerd uses a containerd that it finds
 // at the usual place, and starts one of its own otherwise. The host's cannot serve it: it
 // sees neither the mounts nor the network in here, so containers would start without
-// files, or in the host's network.
-const ownContainerd = `[ ! -S /run/containerd/containerd.sock ] || mount -t tmpfs -o mode=711 slipway /run/containerd || exit 125
+// files, or in the host's network. One of its own puts sockets there, which a user may not
+// in a directory of the host's.
+const ownContainerd = `[ ! -S /run/containerd/containerd.sock ] && [ ! -d /run/containerd -o -w /run/containerd ] || mount -t tmpfs -o mode=711 slipway /run/containerd || exit 125
 `
 
 // dockerdOption is one of ours. Its long form is also its key in a configuration file.
@@ -83,10 +84,12 @@ func DockerdCommand(o DockerdOptions) []string {
 		{"host", "H", "unix://" + in(SocketName)},
 		{"userland-proxy-path", "", in(ProxyName)},
 	}
-	if o.Rootless {
+	current := knows(o.Help, "allow-direct-routing")
+	if o.Rootless && !current {
+		// Current ones take it for being inside RootlessKit, and do not start without its API.
 		ours = append(ours, dockerdOption{long: "rootless"})
 	}
-	if knows(o.Help, "allow-direct-routing") {
+	if current {
 		// Clients come from outside, as far as dockerd can see, with their own addresses.
 		ours = append(ours, dockerdOption{long: "allow-direct-routing"})
 	}

@@ -18,13 +18,14 @@ func TestDockerdWrapper(t *testing.T) {
 	tests := []struct {
 		name  string
 		place string // in the host's /run, with one file
-		file  string
+		file  string // "ro": it cannot be written there
 		extra []string
 		want  string // what is seen there
 	}{
 		{"containerd", "containerd", "containerd.sock", nil, ""},
 		{"containerd that is given", "containerd", "containerd.sock", []string{"--containerd", "/run/containerd/containerd.sock"}, "containerd.sock"},
 		{"no containerd", "containerd", "other.sock", nil, "other.sock"},
+		{"no containerd, a user", "containerd", "ro", nil, ""},
 		{"plugins", "docker", "plugin.sock", []string{"--containerd=/c.sock"}, ""},
 		{"no plugins", "other", "plugin.sock", nil, "plugin.sock"},
 	}
@@ -36,7 +37,7 @@ func TestDockerdWrapper(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer ln.Close()
-			const host = `mount -t tmpfs none /run && mkdir "/run/$2" && mount --bind "$1" "/run/$2" && shift 2 && exec "$@"`
+			const host = `mount -t tmpfs none /run && mkdir "/run/$2" && mount --bind "$1" "/run/$2" && { [ ! -e "$1/ro" ] || mount -o remount,bind,ro "/run/$2"; } && shift 2 && exec "$@"`
 			args := append([]string{"-rm", "sh", "-ec", host, "sh", dir, tt.place}, DockerdWrapper(tt.extra)...)
 			out, err := exec.Command("unshare", append(args, "ls", "-A", "/run/"+tt.place)...).CombinedOutput()
 			if got := strings.TrimSpace(string(out)); err != nil || got != tt.want {

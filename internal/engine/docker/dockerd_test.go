@@ -28,6 +28,7 @@ func TestDockerdCommand(t *testing.T) {
 		{"docker_20", func(*DockerdOptions) {}, with()},
 		{"docker_28", func(o *DockerdOptions) { o.Help = help28 }, with("--allow-direct-routing")},
 		{"rootless", func(o *DockerdOptions) { o.Rootless = true }, with("--rootless")},
+		{"rootless_28", func(o *DockerdOptions) { o.Rootless, o.Help = true, help28 }, with("--allow-direct-routing")},
 		{"own_containerd", func(o *DockerdOptions) { o.Program, o.Extra = "/opt/dockerd", []string{"--containerd=/c.sock"} },
 			append(append([]string{"/opt/dockerd"}, usual...), "--containerd=/c.sock")},
 		{"given", func(o *DockerdOptions) {
