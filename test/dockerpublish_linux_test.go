@@ -2,8 +2,10 @@ package test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -182,6 +184,7 @@ func TestPublishDocker(t *testing.T) {
 		n := newTopology(t)
 		d := newUpDocker(t, k, "")
 		d.up(t, n)
+		d.expectCommand(t, k)
 		d.must(t, "import", busyboxImage(t, d.dir), dockerImage)
 		expectListeners(t, n, "no container")
 
@@ -250,6 +253,22 @@ func TestPublishDocker(t *testing.T) {
 		d.must(t, "rm", "-f", plain, always)
 		expectListeners(t, n, "docker rm")
 	})
+}
+
+// expectCommand: what is shown as the engine's command is its dockerd, whose plugins are its own.
+func (d *docker) expectCommand(t *testing.T, k dockerdKind) {
+	t.Helper()
+	if r := d.engine.call(t, "ls"); r.code != 0 || !strings.Contains(r.stdout, "  "+k.program+" --config-file ") {
+		t.Errorf("slipway ls: %d\n%s%s", r.code, r.stdout, r.stderr)
+	}
+	const name = "/run/docker/plugins/of-one-engine"
+	if r := d.engine.exec(t, "touch", name); r.code != 0 {
+		t.Errorf("a file among dockerd's plugins: %s", r.stderr)
+	}
+	if _, err := os.Stat(name); !errors.Is(err, fs.ErrNotExist) {
+		os.Remove(name)
+		t.Errorf("plugins of the engine are the host's: %v", err)
+	}
 }
 
 // dockerd is the pid of the engine's dockerd.
