@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"os"
 	"os/signal"
 	"slices"
@@ -73,12 +74,13 @@ func (p flowPrinter) run(ctx context.Context, engines []string, limit int) error
 		if err != nil {
 			return err
 		}
+		var silent error
 		if !p.watch {
-			reportSilent(p.cmd, answers)
+			silent = reportSilent(p.cmd, answers)
 		}
 		flows := merge(answers)
 		if err := p.print(flows); err != nil || !p.watch {
-			return err
+			return errors.Join(err, silent)
 		}
 		select {
 		case <-tick.C:

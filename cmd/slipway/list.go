@@ -93,14 +93,15 @@ func newLs() *cobra.Command {
 				list = append(list, listedOf(a))
 			}
 			if asJSON {
-				return printJSON(cmd.OutOrStdout(), map[string]any{"engines": list})
+				err = printJSON(cmd.OutOrStdout(), map[string]any{"engines": list})
+				return errors.Join(err, silence(answers))
 			}
-			defer reportSilent(cmd, answers)
 			rows := [][]string{{"NAME", "STATE", "MODE", "PID", "UP", "FLOWS", "COMMAND"}}
 			for _, l := range list {
 				rows = append(rows, l.row())
 			}
-			return printTable(cmd.OutOrStdout(), rows)
+			err = printTable(cmd.OutOrStdout(), rows)
+			return errors.Join(err, reportSilent(cmd, answers))
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")
@@ -128,15 +129,30 @@ func (l listed) row() []string {
 }
 
 // reportSilent says of each engine that did not answer why, where a listing shows the
-// others only. It reports whether there was one.
-func reportSilent[T any](cmd *cobra.Command, answers []answer[T]) (some bool) {
+// others only. It returns what silence does.
+func reportSilent[T any](cmd *cobra.Command, answers []answer[T]) error {
+	hints := make(map[string]bool)
 	for _, a := range answers {
 		if a.err != nil {
 			fmt.Fprintf(cmd.ErrOrStderr(), "slipway: engine %s: %v\n", a.engine, a.err)
-			some = true
+			if hint, _ := advice(a.err); hint != "" && !hints[hint] {
+				hints[hint] = true
+				fmt.Fprintf(cmd.ErrOrStderr(), "hint: %s\n", hint)
+			}
 		}
 	}
-	return some
+	return silence(answers)
+}
+
+// silence is the exit status of a listing in which an engine is missing that did not
+// answer, as an error, or nil.
+func silence[T any](answers []answer[T]) error {
+	for _, a := range answers {
+		if a.err != nil {
+			return statusError(daemon.CodeFailed)
+		}
+	}
+	return nil
 }
 
 func newStatus() *cobra.Command {
@@ -162,8 +178,8 @@ func newStatus() *cobra.Command {
 			case asJSON && len(args) == 1:
 				return printJSON(cmd.OutOrStdout(), all[0])
 			case asJSON:
-				return printJSON(cmd.OutOrStdout(), map[string]any{"engines": all})
-			case len(all) == 0 && !silent:
+				return errors.Join(printJSON(cmd.OutOrStdout(), map[string]any{"engines": all}), silent)
+			case len(all) == 0 && silent == nil:
 				fmt.Fprintln(cmd.OutOrStdout(), "no engine is running")
 			}
 			for i, s := range all {
@@ -174,7 +190,7 @@ func newStatus() *cobra.Command {
 					return err
 				}
 			}
-			return nil
+			return silent
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")

@@ -52,7 +52,7 @@ func newPortsLs() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			reportSilent(cmd, answers)
+			silent := reportSilent(cmd, answers)
 			ports := []enginePort{}
 			for _, a := range answers {
 				for _, p := range a.value {
@@ -60,9 +60,9 @@ func newPortsLs() *cobra.Command {
 				}
 			}
 			if asJSON {
-				return printJSON(cmd.OutOrStdout(), map[string]any{"ports": ports})
+				return errors.Join(printJSON(cmd.OutOrStdout(), map[string]any{"ports": ports}), silent)
 			}
-			return printTable(cmd.OutOrStdout(), portRows(ports))
+			return errors.Join(printTable(cmd.OutOrStdout(), portRows(ports)), silent)
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")

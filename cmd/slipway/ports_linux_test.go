@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -364,6 +365,26 @@ func TestCompletionOfWords(t *testing.T) {
 	for _, tt := range tests {
 		if r := slipway(t, append([]string{"__complete"}, strings.Split(tt.words, " ")...)...); r.stdout != tt.want {
 			t.Errorf("%s: %q, want %q", tt.words, r.stdout, tt.want)
+		}
+	}
+}
+
+// An engine that does not answer is a line, a hint, and an exit status, also where
+// none was named: here because whoever asks is in another network, as in an engine.
+func TestNoAnswer(t *testing.T) {
+	pretend(t, "web")
+	for _, words := range []string{"ls", "ls --json", "status", "status --json", "ports", "ports ls --json", "flows", "flows --json"} {
+		var out, errOut strings.Builder
+		cmd := command(t, strings.Fields(words)...)
+		cmd.Stdout, cmd.Stderr = &out, &errOut
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+		cmd.Run()
+		if code(cmd) != 125 || strings.Contains(words, "json") && !json.Valid([]byte(out.String())) {
+			t.Errorf("%s: status %d, %s", words, code(cmd), out.String())
+		}
+		if lines := strings.Split(errOut.String(), "\n"); words != "ls --json" && (len(lines) != 3 ||
+			!strings.HasPrefix(lines[0], "slipway: engine web: connect api: refused: ") || !strings.Contains(lines[1], "SLIPWAY_SOCK")) {
+			t.Errorf("%s: %s", words, errOut.String())
 		}
 	}
 }

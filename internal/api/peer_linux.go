@@ -127,6 +127,9 @@ func sameFile(theirs, ours string) error {
 	return nil
 }
 
+// isInside reports whether err refuses a process of an engine.
+func isInside(err error) bool { return errors.Is(err, errInside) }
+
 // hungUp reports whether the other end has closed the connection, or its writing side,
 // although there may be something to read yet.
 func hungUp(c *net.UnixConn) (gone bool) {

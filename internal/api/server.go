@@ -112,8 +112,12 @@ func (s *Server) guard(next http.Handler) http.Handler {
 			return
 		}
 		if err := admit(r.Context()); err != nil {
-			s.log.Warn("connection refused", slog.Any("err", err))
-			fail(w, http.StatusForbidden, &Error{Message: err.Error()})
+			level, hint := slog.LevelWarn, ""
+			if isInside(err) { // who asked is told, on the same terminal as a rule
+				level, hint = slog.LevelDebug, "slipway's commands are for the host; inside an engine there is the socket in SLIPWAY_SOCK"
+			}
+			s.log.Log(r.Context(), level, "connection refused", slog.Any("err", err))
+			fail(w, http.StatusForbidden, &Error{Message: err.Error(), Hint: hint})
 			return
 		}
 		for _, h := range []string{"Origin", "Referer", "Sec-Fetch-Site", "Sec-Fetch-Mode"} {
