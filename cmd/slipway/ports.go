@@ -42,9 +42,11 @@ func newPortsLs() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "ls [ENGINE]",
 		Short: "List the published ports of an engine, or of all",
-		Long: "List the published ports of an engine, or of all. OWNER is who asked for it. CLIENTS counts\n" +
-			"connections and UDP clients so far, REFUSED those that the guest did not want, GATEWAY those\n" +
-			"that the guest could not be shown with their own address.",
+		Long: "List the published ports of an engine, or of all. OWNER is who asked for it: config (the\n" +
+			"configuration or -p), api (slipway ports add, the API), auto (publish_auto), docker (docker_api), or\n" +
+			"guest:PID/N, a process in the engine such as dockerd's proxy. CLIENTS counts connections and UDP\n" +
+			"clients so far, REFUSED those that the guest did not want, GATEWAY those that it sees as the gateway\n" +
+			"although SOURCE is preserve and they are not on this host's loopback; slipway flows says why.",
 		Args:              words(0, 1, ""),
 		ValidArgsFunction: completeEngine,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -115,11 +117,10 @@ func guestText(s api.PortSpec) string {
 
 // sourceText says which client address the guest sees, where the port says that.
 func sourceText(s api.PortSpec) string {
-	text := dash(printable(s.SourceIP))
 	if s.ProxyProtocol {
-		text = strings.TrimPrefix(text+"+proxy", "-+")
+		return "gateway+proxy" // whatever it says: the header has the client
 	}
-	return text
+	return dash(printable(s.SourceIP))
 }
 
 func newPortsAdd() *cobra.Command {
@@ -130,8 +131,9 @@ func newPortsAdd() *cobra.Command {
 		Short: "Publish ports of the guest on this host",
 		Long: "Publish ports. They listen when the command ends, and are printed with the ports that were\n" +
 			"chosen for 0. Each port of a range is published by itself: when one cannot be, the others are,\n" +
-			"and the exit status is 125. What is published already is no error. ENGINE may be left out when\n" +
-			"only one is running. slipway ports --help says what a SPEC is.",
+			"and the exit status is 125. What was added already is no error; to change a port, or to take one\n" +
+			"that is published otherwise, withdraw it first. ENGINE may be left out when only one is running.\n" +
+			"slipway ports --help says what a SPEC is.",
 		Example: "  slipway ports add web 8080:80 127.0.0.1:5353:53/udp\n  slipway ports add web 0:[fd00::2]:80 --json",
 		Args:    words(1, -1, "SPEC"), ValidArgsFunction: completeEngine,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -147,7 +149,9 @@ func newPortsAdd() *cobra.Command {
 				return usage(cmd, err)
 			}
 			for i := range specs {
-				specs[i].ProxyProtocol = proxy
+				if specs[i].ProxyProtocol = proxy; proxy && specs[i].Proto != flow.TCP {
+					return usage(cmd, fmt.Errorf("--proxy-protocol: %v: it is for TCP only", specs[i]))
+				}
 				if specs[i].Source, err = parseSource(source); err != nil {
 					return usage(cmd, err)
 				}
@@ -240,8 +244,9 @@ func newPortsRm() *cobra.Command {
 	return &cobra.Command{
 		Use:   "rm [ENGINE] ID|SPEC...",
 		Short: "Withdraw published ports",
-		Long: "Withdraw ports, by the ID of ports ls or as they were asked for. They take no new clients;\n" +
-			"connections go on until their ends. ENGINE may be left out when only one is running.",
+		Long: "Withdraw ports, by the ID of ports ls or as they were asked for, whoever did. They take no new\n" +
+			"clients; connections go on until their ends. The port of a container comes back when that is started\n" +
+			"again. ENGINE may be left out when only one is running.",
 		Example: "  slipway ports rm web 8080:80\n  slipway ports rm 3 4",
 		Args:    words(1, -1, "ID or SPEC"), ValidArgsFunction: completePort,
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -249,6 +249,7 @@ func TestPublishErrors(t *testing.T) {
 		{[]string{"ports", "add", "web", "80:80", "--source-ip", "x"}, `--source-ip: "x" is not allowed: must be preserve or gateway`},
 		{[]string{"ports", "add", "../x", "80:80"}, "../x"},
 		{[]string{"ports", "rm", "web"}, "ID or SPEC is missing"},
+		{[]string{"ports", "add", "web", "--proxy-protocol", "1:2/udp"}, "--proxy-protocol: 1:2/udp: it is for TCP only"},
 		{[]string{"ports", "rm", "web", "0:80"}, "0 names no port"},
 		{[]string{"ports", "rm", "web", "-1"}, "slipway ports rm"},
 		{[]string{"docker", "-x"}, "slipway docker"},
