@@ -74,6 +74,9 @@ func parsePorts(s string) ([]PortSpec, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := checkHostname(words); err != nil {
+		return nil, err
+	}
 	var hostIP, guestIP netip.Addr
 	if isAddr(words[0]) {
 		if hostIP, err = parseAddr(words[0]); err != nil {
@@ -136,10 +139,25 @@ func splitColons(s string) ([]string, error) {
 	if depth != 0 {
 		return nil, errors.New("brackets do not match")
 	}
-	if len(words) < 2 || len(words) > 4 {
+	switch {
+	case len(words) == 1 && allDigits(s):
+		return nil, fmt.Errorf("%w; 0:%s is any port of the host", errNotation, s)
+	case len(words) > 4 && strings.Contains(s, "::"):
+		return nil, fmt.Errorf("%w, IPv6 addresses in brackets", errNotation)
+	case len(words) < 2 || len(words) > 4:
 		return nil, errNotation
 	}
 	return words, nil
+}
+
+func allDigits(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
+
+// checkHostname finds a name where the host's address belongs.
+func checkHostname(words []string) error {
+	if first := words[0]; len(words) > 2 && !isAddr(first) && strings.Trim(first, "0123456789-") != "" {
+		return fmt.Errorf("%q is neither an IP address nor a port", first)
+	}
+	return nil
 }
 
 // isAddr reports whether a word is meant as an address: it has something that no

@@ -31,7 +31,7 @@ func TestParsePorts(t *testing.T) {
 		{"80-80:80", "80:80/tcp"},
 
 		{"", `must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]`},
-		{"80", `must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]`},
+		{"80", `must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]; 0:80 is any port of the host`},
 		{"127.0.0.1:80", `must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]`},
 		{"127.0.0.1:80:10.0.0.1:80:80", `must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]`},
 		{"80:1:10.0.0.1:80", `must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]`},
@@ -58,7 +58,9 @@ func TestParsePorts(t *testing.T) {
 		{"80:81:82", `"81" is not an IP address, IPv6 in brackets`},
 		{"[::1:80:80", `brackets do not match`},
 		{"]80[:80:80", `"]80[" is not an IP address, IPv6 in brackets`},
-		{"::1:80:80", `must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]`},
+		{"localhost:80:80", `"localhost" is neither an IP address nor a port`},
+		{"localhost:80:10.0.0.1:80", `"localhost" is neither an IP address nor a port`},
+		{"::1:80:80", `must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp], IPv6 addresses in brackets`},
 	}
 	for _, tt := range tests {
 		specs, err := ParsePorts(tt.in)
