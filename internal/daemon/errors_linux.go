@@ -30,7 +30,7 @@ func withHint(err error) error {
 	case errors.Is(err, unix.EBADFD): // tun_chr_read_iter of a device without a network interface
 		hint = "somebody inside has deleted the guest's device"
 	case errors.Is(err, ErrRunning):
-		hint = "choose another name with --name, or see it with: slipway ls"
+		hint = "see it with: slipway ls; run and attach take another name with --name"
 	case errors.Is(err, ErrNotOurs):
 		hint = "somebody else made this directory, or others may write to it: look at it, then remove it"
 	}

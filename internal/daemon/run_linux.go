@@ -126,7 +126,7 @@ func (e *engine) run(ctx context.Context) (code int, err error) {
 		if sig := e.interrupted(signals); sig != 0 { // it may have ended the agent, too
 			return 128 + int(sig), nil
 		}
-		return 0, e.servedAlready(err)
+		return 0, e.attachError(err)
 	}
 	defer e.agent.Release() // the device: its users have gone
 	raiseFileLimit()

@@ -84,7 +84,7 @@ func TestExitCodesAndHints(t *testing.T) {
 		{fmt.Errorf("a: %w", &nsagent.ExecError{Code: 126, Name: "x", Err: syscall.EACCES}), 126, ""},
 		{&nsagent.ExecError{Code: 127, Name: "x", Err: syscall.ENOENT}, 127, ""},
 		{fmt.Errorf("a: %w", &nsagent.Error{Op: "open", On: "x", Err: syscall.EACCES, Hint: "mend it"}), 125, "mend it"},
-		{fmt.Errorf("a: %w", ErrRunning), 125, "choose another name with --name, or see it with: slipway ls"},
+		{fmt.Errorf("a: %w", ErrRunning), 125, "see it with: slipway ls; run and attach take another name with --name"},
 	}
 	for _, tt := range tests {
 		var p *Problem

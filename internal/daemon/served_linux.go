@@ -4,15 +4,19 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
 	"github.com/slipway-net/slipway/internal/nsagent"
 )
 
-// servedAlready is an error of attach to a namespace that has a default route, which is
-// said in other words when that is a slipway's own: taking it away is no way out then.
-func (e *engine) servedAlready(err error) error {
+// attachError is err, of starting the agent, with what else is known about attach. A default
+// route is said in other words when it is a slipway's own: taking it away is no way out then.
+func (e *engine) attachError(err error) error {
+	if errors.Is(err, fs.ErrNotExist) && e.opts.Mode == ModeAttach && e.opts.NetNS != "" && hintOf(withHint(err)) == "" {
+		return &Problem{Err: err, Hint: "name a file such as /run/netns/NAME; ip netns lists those there"}
+	}
 	if !errors.Is(err, nsagent.ErrHasDefaultRoute) {
 		return err
 	}

@@ -10,11 +10,11 @@ import (
 )
 
 // attach names the engine that serves a namespace instead of having its route removed.
-func TestServedAlready(t *testing.T) {
+func TestAttachError(t *testing.T) {
 	e := bookEngine(t)
 	route := &nsagent.Error{Op: "attach", On: "x", Err: nsagent.ErrHasDefaultRoute, Hint: "remove it first"}
 	e.opts.PID = os.Getpid()
-	if err := e.servedAlready(route); err != route {
+	if err := e.attachError(route); err != route {
 		t.Errorf("a foreign route: %v", err)
 	}
 	other, err := openState(e.state.root, "db")
@@ -32,12 +32,12 @@ func TestServedAlready(t *testing.T) {
 		} else {
 			e.opts.PID = 0
 		}
-		err := e.servedAlready(route)
+		err := e.attachError(route)
 		if want := fmt.Sprintf("attach on %s: engine db serves it already", on); err.Error() != want || strings.Contains(hintOf(err), "remove") {
 			t.Errorf("%v, hint %q, expected %q", err, hintOf(err), want)
 		}
 	}
-	if err := e.servedAlready(os.ErrExist); err != os.ErrExist {
+	if err := e.attachError(os.ErrExist); err != os.ErrExist {
 		t.Errorf("another error: %v", err)
 	}
 	if !hasDevice(os.Getpid(), "lo") || hasDevice(os.Getpid(), "l") {
