@@ -31,6 +31,9 @@ func newDocker() *cobra.Command {
 		Example: "  slipway docker web -- run --rm -p 8080:80 nginx\n  slipway docker web -- compose up",
 		Args:    words(1, -1, "ENGINE"), ValidArgsFunction: completeEngine,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if cmd.ArgsLenAtDash() == 0 {
+				return usage(cmd, errors.New("ENGINE is missing"))
+			}
 			name, args := args[0], args[1:]
 			if err := config.CheckName(name); err != nil {
 				return usage(cmd, err)

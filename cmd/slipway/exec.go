@@ -20,6 +20,9 @@ func newExec(code *int) *cobra.Command {
 			"and environment. The exit status is that of CMD.",
 		Args: words(2, -1, "ENGINE or CMD"), ValidArgsFunction: completeEngine,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if cmd.ArgsLenAtDash() == 0 {
+				return usage(cmd, errors.New("ENGINE is missing"))
+			}
 			command := args[1:]
 			if command[0] == "--" {
 				command = command[1:]

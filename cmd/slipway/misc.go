@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"runtime"
 	"strconv"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -83,12 +84,20 @@ func showConfig(cmd *cobra.Command, c *config.Config, name string, asJSON bool) 
 		rows = append(rows, []string{v.Key + " = " + v.Value, "# " + v.Source})
 	}
 	if own != nil {
-		rows = append(rows, []string{"", ""}, []string{"[engine." + strconv.Quote(name) + "]"})
+		rows = append(rows, []string{"", ""}, []string{"[engine." + tomlKey(name) + "]"})
 	}
 	for _, v := range own {
 		rows = append(rows, []string{v.Key + " = " + v.Value, "# " + v.Source})
 	}
 	return printTable(cmd.OutOrStdout(), rows)
+}
+
+// tomlKey writes an engine's name as a key, in quotes if it has a dot.
+func tomlKey(name string) string {
+	if strings.Contains(name, ".") {
+		return strconv.Quote(name)
+	}
+	return name
 }
 
 func newProbe() *cobra.Command {

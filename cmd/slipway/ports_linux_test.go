@@ -239,6 +239,8 @@ func TestPublishErrors(t *testing.T) {
 		want string // in the first line
 	}{
 		{[]string{"run", "-p", "8080", "--", "true"}, `--publish: port "8080": must be [HOSTIP:]HOSTPORT`},
+		{[]string{"run", "-p", "8080", "--", "true"}, `GUESTPORT[/tcp|udp]; 0:8080 is any port of the host`},
+		{[]string{"run", "-p", "auto,80", "--", "true"}, `--publish: port "80": must be [HOSTIP:]HOSTPORT`},
 		{[]string{"run", "-p", "80:80", "-p", "80:81", "--", "true"}, "--publish: port 80/tcp of the host is asked for twice"},
 		{[]string{"run", "--publish-bind", "all", "--", "true"}, `--publish-bind: "all" is not allowed: must be "as-asked", `},
 		{[]string{"run", "--source-ip", "mine", "--", "true"}, `--source-ip: "mine" is not allowed`},
@@ -284,7 +286,7 @@ func TestPublishSettings(t *testing.T) {
 		{[]string{"-p", "2:2", "--publish", "3:3/udp"}, []string{`publish = ["2:2/tcp", "3:3/udp"] # --publish`}},
 		{[]string{"--publish-bind", "loopback-only", "--source-ip", "gateway"},
 			[]string{`publish_bind = "loopback-only" # --publish-bind`, `source_ip = "gateway" # --source-ip`}},
-		{[]string{"web"}, []string{`[engine."web"]`, `kind = "dockerd" # ` + file + ":3"}},
+		{[]string{"web"}, []string{`[engine.web]`, `kind = "dockerd" # ` + file + ":3"}},
 	}
 	for _, tt := range tests {
 		r := slipway(t, append([]string{"config", "show", "--config", file}, tt.args...)...)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -48,7 +49,7 @@ func (f *engineFlags) add(cmd *cobra.Command) {
 		completeFlag(cmd, s.flag, s.words...)
 	}
 	cmd.Flags().StringArrayVarP(&f.publish, "publish", "p", nil,
-		"`SPEC` to publish: [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp], or auto, what the guest listens on; may be repeated")
+		"`SPEC` to publish: [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp], or auto, what the guest listens on; may be repeated, or a list with commas")
 	completeFlag(cmd, "publish", autoWord)
 }
 
@@ -82,12 +83,18 @@ func (f *engineFlags) load(cmd *cobra.Command) (*config.Config, error) {
 func (f *engineFlags) setPublish(c *config.Config) error {
 	const source = "--publish"
 	var specs []string
-	for _, s := range f.publish {
+	for _, s := range strings.Split(strings.Join(f.publish, ","), ",") {
 		if s != autoWord {
 			specs = append(specs, s)
 		} else if err := c.Set("publish_auto", "true", source); err != nil {
 			return err
 		}
+	}
+	if len(f.publish) == 0 {
+		return nil
+	}
+	if _, err := parseSpecs(specs); err != nil {
+		return fmt.Errorf("%s: %w", source, err)
 	}
 	if len(specs) == 0 {
 		return nil
@@ -105,7 +112,7 @@ func loadConfig(path string) (*config.Config, error) {
 	c, err := config.Load(path)
 	var problems config.Problems
 	if errors.As(err, &problems) {
-		return nil, &daemon.Problem{Err: err, Hint: "nothing was started; slipway config show prints the settings in effect"}
+		return nil, &daemon.Problem{Err: err, Hint: "mend the file: with an error in it nothing is started"}
 	}
 	return c, err
 }
@@ -230,7 +237,8 @@ func chooseConfigured(c *config.Config, args []string) (string, error) {
 	hint := "configured: " + strings.Join(names, ", ")
 	switch {
 	case len(names) == 0:
-		hint = "write a table [engine.NAME] with a command into slipway.toml; slipway run needs none"
+		file := cmp.Or(c.File(), config.Usual(os.Geteuid()))
+		hint = "write a table [engine.NAME] with a command, or with kind = \"dockerd\", into " + file + "; slipway run needs none"
 	case len(args) == 0 && len(names) > 1:
 		return "", &daemon.Problem{Err: errors.New("start engine: which one is not said"), Hint: hint}
 	}

@@ -92,18 +92,26 @@ func bare(err error) error {
 // $XDG_CONFIG_HOME (~/.config). Root never reads a file from a home directory, which
 // under sudo may be somebody else's.
 func Find(euid int) string {
-	candidates := []string{filepath.Join("/etc", "slipway", "slipway.toml")}
-	if euid != 0 {
-		if dir, err := os.UserConfigDir(); err == nil {
-			candidates = slices.Insert(candidates, 0, filepath.Join(dir, "slipway", "slipway.toml"))
-		}
-	}
-	for _, path := range candidates {
+	for _, path := range candidates(euid) {
 		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
 			return path // also when it cannot be read: Load then says why
 		}
 	}
 	return ""
+}
+
+// Usual returns the file that a user without one would write.
+func Usual(euid int) string { return candidates(euid)[0] }
+
+// candidates are the files that Find looks for, at least one.
+func candidates(euid int) []string {
+	all := []string{filepath.Join("/etc", "slipway", "slipway.toml")}
+	if euid != 0 {
+		if dir, err := os.UserConfigDir(); err == nil {
+			all = slices.Insert(all, 0, filepath.Join(dir, "slipway", "slipway.toml"))
+		}
+	}
+	return all
 }
 
 // Parse reads b, the content of file. The error is Problems.
