@@ -141,6 +141,8 @@ func TestPublishErrors(t *testing.T) {
 			cmd := u.slipway("run", "--name", newName(), "-p", "18072:82", "-p", spec, "--", "echo", "started")
 			if r := finish(t, n.Host, cmd, 30*time.Second); r.code != 125 || badMessage(r.stderr) != "" || r.stdout != "" {
 				t.Errorf("run -p %s: status %d, stdout %q: %s", spec, r.code, r.stdout, r.stderr)
+			} else if spec == "18070:81" && !strings.Contains(r.stderr, "\nhint: ") {
+				t.Errorf("run -p %s, no hint: %s", spec, r.stderr)
 			}
 		}
 		expectListeners(t, n, "after run failed", []string{"tcp 0.0.0.0:18070"})
@@ -194,7 +196,7 @@ func TestPublishTwoEngines(t *testing.T) {
 		a := startEngine(t, n, engineOptions{user: u})
 		b := startEngine(t, n, engineOptions{user: u})
 		a.publish(t, "18080:81")
-		want := fmt.Sprintf("slipway (pid %d)", a.cmd.Process.Pid)
+		want := fmt.Sprintf("is taken by engine %s (pid %d)", a.name, a.cmd.Process.Pid)
 		if r := b.refused(t, "18080:81", want); r.code != 125 || !strings.Contains(r.stderr, want) {
 			t.Errorf("status %d, expected %q: %s", r.code, want, r.stderr)
 		}
