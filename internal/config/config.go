@@ -216,6 +216,9 @@ func (c *Config) Own(name string) []Value {
 	if e.Directory != "" {
 		all = append(all, Value{Key: "directory", Value: quote(e.Directory)})
 	}
+	if len(own.environment) > 0 {
+		all = append(all, Value{Key: "environment", Value: quoteTable(own.environment), Source: c.file})
+	}
 	for i, v := range all {
 		if source, ok := own.sources[v.Key]; ok {
 			all[i].Source = source

@@ -2,8 +2,10 @@ package config
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"path"
+	"slices"
 	"strings"
 
 	"github.com/slipway-net/slipway/internal/flow"
@@ -164,6 +166,15 @@ func quote(s string) string {
 	}
 	b.WriteByte('"')
 	return b.String()
+}
+
+// quoteTable writes an inline table of TOML, in the order of its keys.
+func quoteTable(table map[string]string) string {
+	var out []string
+	for _, name := range slices.Sorted(maps.Keys(table)) {
+		out = append(out, quote(name)+" = "+quote(table[name]))
+	}
+	return "{ " + strings.Join(out, ", ") + " }"
 }
 
 // quoteAll writes a list of strings of TOML.

@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -137,4 +138,22 @@ func FuzzPublish(f *testing.F) {
 			t.Errorf("%q became %q, and that is %v, %v", s, text, again, err)
 		}
 	})
+}
+
+// What config show prints of an engine's environment means the same in a file.
+func TestOwnEnvironment(t *testing.T) {
+	const text = "[engine.a]\nenvironment = { \"B.C\" = \"x \\\"y\\\"\", A = \"1\" }\n"
+	c, err := Parse("s.toml", []byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := c.Own("a")
+	last := own[len(own)-1]
+	if last.Key != "environment" || last.Source != "s.toml" || last.Value != `{ "A" = "1", "B.C" = "x \"y\"" }` {
+		t.Fatalf("%+v", last)
+	}
+	again, err := Parse("s.toml", []byte("[engine.a]\nenvironment = "+last.Value+"\n"))
+	if err != nil || !maps.Equal(again.engines["a"].environment, c.engines["a"].environment) {
+		t.Errorf("%v, %v", again, err)
+	}
 }
