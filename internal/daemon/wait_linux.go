@@ -192,6 +192,7 @@ const goneGrace = 2 * time.Second
 
 // waitAttached blocks until the namespace is gone, a part failed, or a signal comes.
 func (e *engine) waitAttached(ctx context.Context, signals *signals, s *services) error {
+	e.progress("engine %s serves the namespace; TERM or Ctrl-C ends it", e.opts.Name)
 	for {
 		select {
 		case <-e.agent.Done():

@@ -32,7 +32,7 @@ func (p *prober) names(ctx context.Context) {
 				p.server = server
 			}
 			if errors.As(err, &answer) && answer.rcode == dns.RcodeNameError {
-				return "", fmt.Errorf("%w for %s: is this inside an engine of slipway?", err, gatewayName)
+				return "", fmt.Errorf("%w for %s: is this inside an engine of slipway, and does resolv.conf here name its gateway?", err, gatewayName)
 			}
 			return gatewayName + " " + join(addrs), err
 		})
