@@ -169,6 +169,9 @@ func (a *Agent) Sockets(ctx context.Context, k SocketKind, n int) ([]int, error)
 	if !waiting { // the answer came all the same
 		closeFDs((<-answer).fds)
 	}
+	if errors.Is(err, unix.EPIPE) { // it has ended, and we are about to hear of it
+		return nil, ErrClosed
+	}
 	return nil, fmt.Errorf("ask the agent for a %v socket: %w", k, err)
 }
 
