@@ -42,15 +42,63 @@ func (e *PolicyError) Hint() string { return e.hint }
 // ConflictError reports that a port is taken.
 type ConflictError struct {
 	Spec   flow.PortSpec
-	Holder string // "nginx (pid 812)", or a published port and its owner; "" if not known
+	Holder Holder // nil if not known
 	hint   string
+}
+
+// Holder is who has a port: a Published of the same Book, a Process or a User.
+type Holder interface{ String() string }
+
+// Published is a Holder that the Book knows itself.
+type Published struct {
+	Spec  flow.PortSpec // as it was asked for
+	Owner string
+}
+
+// String is "the published port SPEC of OWNER".
+func (p Published) String() string {
+	return fmt.Sprintf("the published port %v of %s", p.Spec, p.Owner)
+}
+
+// Process is a Holder that is somebody else on the host.
+type Process struct {
+	Name       string // as it calls itself, in one line
+	PID        int
+	Connection bool // the port is that of a connection, nobody listens
+}
+
+// String is "nginx (pid 812)".
+func (p Process) String() string {
+	return fmt.Sprintf("%s%s (pid %d)", connectionOf(p.Connection), p.Name, p.PID)
+}
+
+// User is a Holder of whom no more is known than the user.
+type User struct {
+	UID        uint32
+	Connection bool // as in Process
+}
+
+// String is "a process of uid 1000".
+func (u User) String() string {
+	who := "root"
+	if u.UID != 0 {
+		who = fmt.Sprintf("uid %d", u.UID)
+	}
+	return connectionOf(u.Connection) + "a process of " + who
+}
+
+func connectionOf(is bool) string {
+	if is {
+		return "a connection of "
+	}
+	return ""
 }
 
 // Error is one line that begins with "publish HOST:PORT/PROTO: ".
 func (e *ConflictError) Error() string {
 	text := fmt.Sprintf("publish %s: port %d is taken", name(e.Spec), e.Spec.Host.Port())
-	if e.Holder != "" {
-		text += " by " + e.Holder
+	if e.Holder != nil {
+		text += " by " + e.Holder.String()
 	}
 	return text
 }

@@ -73,9 +73,8 @@ type holderFile struct {
 	fd  string
 }
 
-// find names who keeps a socket from being bound to at: "nginx (pid 812)", or "a
-// connection of nginx (pid 812)" whose own port that is; "" if nobody is found.
-func (h *holders) find(proto flow.Proto, at netip.AddrPort) string {
+// find tells who keeps a socket from being bound to at; nil if nobody is found.
+func (h *holders) find(proto flow.Proto, at netip.AddrPort) Holder {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for try := range 2 {
@@ -83,14 +82,12 @@ func (h *holders) find(proto flow.Proto, at netip.AddrPort) string {
 			h.last = h.scan(cmp.Or(h.budget, holdersBudget))
 		}
 		if row, ok := h.last.match(proto, at); ok {
-			if who := h.who(row); who != "" && row.listen {
+			if who := h.who(row); who != nil {
 				return who
-			} else if who != "" {
-				return "a connection of " + who
 			}
 		}
 	}
-	return ""
+	return nil
 }
 
 // match returns the row most likely in the way of at.
@@ -117,23 +114,20 @@ func (s *holderScan) match(proto flow.Proto, at netip.AddrPort) (best socketRow,
 	return best, most > 0
 }
 
-// who names the owner of a row, "" if that is another now.
-func (h *holders) who(r socketRow) string {
+// who is the owner of a row, nil if that is another now.
+func (h *holders) who(r socketRow) Holder {
 	f, ok := h.last.files[r.inode]
-	switch {
-	case ok:
-		if link, err := os.Readlink(h.path(strconv.Itoa(f.pid), "fd", f.fd)); err != nil || link != socketLink(r.inode) {
-			return ""
-		}
-		comm, err := os.ReadFile(h.path(strconv.Itoa(f.pid), "comm"))
-		if err != nil {
-			return ""
-		}
-		return fmt.Sprintf("%s (pid %d)", printable(string(comm)), f.pid)
-	case r.uid == 0:
-		return "a process of root"
+	if !ok {
+		return User{r.uid, !r.listen}
 	}
-	return fmt.Sprintf("a process of uid %d", r.uid)
+	if link, err := os.Readlink(h.path(strconv.Itoa(f.pid), "fd", f.fd)); err != nil || link != socketLink(r.inode) {
+		return nil
+	}
+	comm, err := os.ReadFile(h.path(strconv.Itoa(f.pid), "comm"))
+	if err != nil {
+		return nil
+	}
+	return Process{printable(string(comm)), f.pid, !r.listen}
 }
 
 // printable is a process' name of itself, in one line without surprises.

@@ -134,6 +134,15 @@ func row(r socketRow, state string) string {
 		b.String(), r.local.Port(), state, r.uid, r.inode)
 }
 
+// found is what h finds in words, "" for nobody.
+func found(h *holders, proto flow.Proto, at string) string {
+	who := h.find(proto, netip.MustParseAddrPort(at))
+	if who == nil {
+		return ""
+	}
+	return who.String()
+}
+
 func TestHolder(t *testing.T) {
 	p := fakeProc{t, t.TempDir()}
 	listener := func(addr string, uid uint32, inode uint64) string {
@@ -181,7 +190,7 @@ func TestHolder(t *testing.T) {
 		{flow.UDP, "127.0.0.1:81", ""},
 	}
 	for _, tt := range tests {
-		if got := h.find(tt.proto, netip.MustParseAddrPort(tt.at)); got != tt.want {
+		if got := found(h, tt.proto, tt.at); got != tt.want {
 			t.Errorf("find(%v, %s) = %q, want %q", tt.proto, tt.at, got, tt.want)
 		}
 	}
@@ -190,26 +199,26 @@ func TestHolder(t *testing.T) {
 	h.last.at, h.last.took = time.Now(), holdersAge
 	seen := h.last
 	p.process(15, "late", 6)
-	if got := h.find(flow.TCP, netip.MustParseAddrPort("127.0.0.1:85")); got != "a process of root" || h.last != seen {
+	if got := found(h, flow.TCP, "127.0.0.1:85"); got != "a process of root" || h.last != seen {
 		t.Errorf("find = %q, scanned again: %v", got, h.last != seen)
 	}
 	h.last.took = 0
 	p.process(9, "gone", 4711)
-	if got := h.find(flow.TCP, netip.MustParseAddrPort("127.0.0.1:84")); got != "a process of root" || h.last == seen {
+	if got := found(h, flow.TCP, "127.0.0.1:84"); got != "a process of root" || h.last == seen {
 		t.Errorf("find = %q after the process has closed it, scanned again: %v", got, h.last != seen)
 	}
 	h.last.at = time.Now().Add(-holdersAge - time.Millisecond)
 	p.process(9, "back", 5)
-	if got := h.find(flow.TCP, netip.MustParseAddrPort("127.0.0.1:84")); got != "back (pid 9)" {
+	if got := found(h, flow.TCP, "127.0.0.1:84"); got != "back (pid 9)" {
 		t.Errorf("find = %q after a second", got)
 	}
 
 	// Without time to look through processes there is still the user.
 	h.last = h.scan(0)
-	if got := h.find(flow.TCP, netip.MustParseAddrPort("0.0.0.0:80")); got != "a process of root" {
+	if got := found(h, flow.TCP, "0.0.0.0:80"); got != "a process of root" {
 		t.Errorf("find = %q without time", got)
 	}
-	if got := (&holders{proc: filepath.Join(p.root, "nothing")}).find(flow.TCP, netip.MustParseAddrPort("0.0.0.0:80")); got != "" {
+	if got := found(&holders{proc: filepath.Join(p.root, "nothing")}, flow.TCP, "0.0.0.0:80"); got != "" {
 		t.Errorf("find = %q without /proc", got)
 	}
 }

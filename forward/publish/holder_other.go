@@ -11,4 +11,4 @@ import (
 // holders tells who has a port; here nobody can.
 type holders struct{}
 
-func (*holders) find(flow.Proto, netip.AddrPort) string { return "" }
+func (*holders) find(flow.Proto, netip.AddrPort) Holder { return nil }

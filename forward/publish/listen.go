@@ -238,7 +238,7 @@ func (e *entry) conflict(asked flow.PortSpec, claims []netip.AddrPort) error {
 		return slices.ContainsFunc(e.claims, func(d netip.AddrPort) bool { return overlap(c.Addr(), d.Addr()) })
 	})
 	asked.Host = claims[max(i, 0)]
-	return &ConflictError{asked, fmt.Sprintf("the published port %v of %s", e.asked, e.owner),
+	return &ConflictError{asked, Published{e.asked, e.owner},
 		"slipway ports ls shows it, slipway ports rm withdraws it"}
 }
 

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 
@@ -23,60 +22,40 @@ func (e *engine) told(err error) error {
 	if !errors.As(err, &c) {
 		return err
 	}
-	if spec, owner, ok := publishedHolder(c.Holder); ok {
+	switch h := c.Holder.(type) {
+	case publish.Published:
 		hint := hintOf(err)
-		if owner == ownerConfig {
+		if h.Owner == ownerConfig {
 			hint = "publish another host port (0: any), or take it out of the configuration or of -p"
 		}
-		return conflict(c, spec+" of "+ownerText(owner), hint)
-	}
-	how, name, pid, ok := processHolder(c.Holder)
-	if !ok {
-		return err
-	}
-	const another = "publish another host port (0: any)"
-	switch engine := engineOf(e.state.root, pid); {
-	case engine == e.opts.Name:
-		return conflict(c, fmt.Sprintf("%sthis engine (pid %d)", how, pid), another)
-	case engine != "":
-		return conflict(c, fmt.Sprintf("%sengine %s (pid %d)", how, engine, pid), another+"; slipway ports ls "+engine+" shows who has it")
-	case name == "slipway":
-		return conflict(c, fmt.Sprintf("%sa slipway engine (pid %d)", how, pid), another)
+		return conflict(c, fmt.Sprintf("%v of %s", h.Spec, ownerText(h.Owner)), hint)
+	case publish.Process:
+		const another = "publish another host port (0: any)"
+		who, hint := "", another
+		switch engine := engineOf(e.state.root, h.PID); {
+		case engine == e.opts.Name:
+			who = "this engine"
+		case engine != "":
+			who, hint = "engine "+engine, another+"; slipway ports ls "+engine+" shows who has it"
+		case h.Name == "slipway":
+			who = "a slipway engine"
+		default:
+			return err
+		}
+		h.Name = who
+		return conflict(c, h.String(), hint)
 	}
 	return err
 }
 
+// holder is a publish.Holder in words for a user.
+type holder string
+
+func (h holder) String() string { return string(h) }
+
 // conflict is c with another holder and another hint.
-func conflict(c *publish.ConflictError, holder, hint string) error {
-	return &Problem{Err: &publish.ConflictError{Spec: c.Spec, Holder: holder}, Hint: hint}
-}
-
-// publishedHolder takes apart the holder "the published port SPEC of OWNER".
-func publishedHolder(holder string) (port, owner string, ok bool) {
-	if !strings.HasPrefix(holder, "the published port ") {
-		return "", "", false
-	}
-	return cutLast(holder, " of ")
-}
-
-func cutLast(s, sep string) (before, after string, found bool) {
-	i := strings.LastIndex(s, sep)
-	if i < 0 {
-		return s, "", false
-	}
-	return s[:i], s[i+len(sep):], true
-}
-
-var reProcessHolder = regexp.MustCompile(`^(a connection of )?(.*) \(pid ([0-9]+)\)$`)
-
-// processHolder takes apart the holder "[a connection of ]NAME (pid N)".
-func processHolder(holder string) (how, name string, pid int, ok bool) {
-	m := reProcessHolder.FindStringSubmatch(holder)
-	if m == nil {
-		return "", "", 0, false
-	}
-	pid, err := strconv.Atoi(m[3])
-	return m[1], m[2], pid, err == nil
+func conflict(c *publish.ConflictError, who, hint string) error {
+	return &Problem{Err: &publish.ConflictError{Spec: c.Spec, Holder: holder(who)}, Hint: hint}
 }
 
 // engineOf is the engine below root whose daemon has that pid, "" for none.

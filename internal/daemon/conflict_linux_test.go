@@ -105,15 +105,15 @@ func TestToldOwner(t *testing.T) {
 func TestToldOthers(t *testing.T) {
 	e := bookEngine(t)
 	for _, err := range []error{
-		errors.New("x"), &publish.ConflictError{}, &publish.ConflictError{Holder: "a process of uid 7"},
-		&publish.ConflictError{Holder: "nginx (pid 812)"}, &publish.PolicyError{},
+		errors.New("x"), &publish.ConflictError{}, &publish.ConflictError{Holder: publish.User{UID: 7}},
+		&publish.ConflictError{Holder: publish.Process{Name: "nginx", PID: 812}}, &publish.PolicyError{},
 	} {
 		if got := e.told(err); got != err {
 			t.Errorf("%v became %v", err, got)
 		}
 	}
 	const want = "is taken by a connection of a slipway engine (pid 1)"
-	if err := e.told(&publish.ConflictError{Holder: "a connection of slipway (pid 1)"}); !strings.HasSuffix(err.Error(), want) {
+	if err := e.told(&publish.ConflictError{Holder: publish.Process{Name: "slipway", PID: 1, Connection: true}}); !strings.HasSuffix(err.Error(), want) {
 		t.Errorf("%v, expected %q", err, want)
 	}
 }
