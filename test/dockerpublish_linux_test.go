@@ -192,6 +192,7 @@ func TestPublishDocker(t *testing.T) {
 		plain := d.runImage(t, "-p", "18080:80", "-p", "18080:80/udp", "-p", "127.0.0.1:18081:80", "-p", host+":18082:80", "-p", host+":18082:80/udp")
 		ofPlain := [][]string{onAll("tcp", 18080), onAll("udp", 18080), {"tcp 127.0.0.1:18081", "tcp " + host + ":18082", "udp " + host + ":18082"}}
 		expectListeners(t, n, "docker run", ofPlain...)
+		d.expectNames(t, plain)
 		d.inside(t, plain)
 		d.expectSources(t, n)
 		if k.name == "current" { // 20.10 has no rules for IPv6 unless it is told to
@@ -268,6 +269,38 @@ func (d *docker) expectCommand(t *testing.T, k dockerdKind) {
 	if _, err := os.Stat(name); !errors.Is(err, fs.ErrNotExist) {
 		os.Remove(name)
 		t.Errorf("plugins of the engine are the host's: %v", err)
+	}
+}
+
+// expectNames: a container's ports have its name, and what is reached of a specific one is it.
+func (d *docker) expectNames(t *testing.T, id string) {
+	t.Helper()
+	name := strings.TrimPrefix(d.must(t, "inspect", "-f", "{{.Name}}", id), "/")
+	address := d.must(t, "inspect", "-f", "{{.NetworkSettings.IPAddress}}", id)
+	r := d.engine.call(t, "ports", "ls", d.engine.name)
+	for _, want := range []string{
+		"192.168.65.3:18080 (" + address + ":80)  preserve  docker: " + name + "  ", address + ":80  ", "preserve  docker: " + name + "  ",
+	} {
+		if !strings.Contains(r.stdout, want) {
+			t.Errorf("ports ls has no %q: status %d\n%s%s", want, r.code, r.stdout, r.stderr)
+		}
+	}
+	if strings.Contains(r.stdout, "guest (") {
+		t.Errorf("ports ls knows no container:\n%s", r.stdout)
+	}
+	if r := d.engine.call(t, "ports", "add", d.engine.name, "18080:81"); r.code != 125 || !strings.Contains(r.stderr, "port 18080 is taken by container "+name+" of engine "+d.engine.name) {
+		t.Errorf("a container's port: status %d, %s", r.code, r.stderr)
+	}
+	// A dockerd that hangs does not make the listing hang.
+	if pid := d.dockerd(t); pid > 0 {
+		unix.Kill(pid, unix.SIGSTOP)
+		defer unix.Kill(pid, unix.SIGCONT)
+		time.Sleep(1100 * time.Millisecond) // what was asked for just now is asked again
+		from := time.Now()
+		r := d.engine.call(t, "ports", "ls", d.engine.name)
+		if r.code != 0 || !strings.Contains(r.stdout, "docker: "+name) || time.Since(from) > 3*time.Second {
+			t.Errorf("with a stopped dockerd: status %d after %v\n%s%s", r.code, time.Since(from), r.stdout, r.stderr)
+		}
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -42,9 +43,10 @@ func newPortsLs() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "ls [ENGINE]",
 		Short: "List the published ports of an engine, or of all",
-		Long: "List the published ports of an engine, or of all. OWNER is who asked for it: config (the\n" +
-			"configuration or -p), api (slipway ports add, the API), auto (publish_auto), docker (docker_api), or\n" +
-			"guest:PID/N, a process in the engine such as dockerd's proxy. CLIENTS counts connections and UDP\n" +
+		Long: "List the published ports of an engine, or of all. GUEST is what clients reach, and\n" +
+			"in brackets the container that the engine's rules lead them on to. OWNER is who asked: docker and the\n" +
+			"container's name, where the engine's Docker API tells it, config (the configuration or -p), api\n" +
+			"(slipway ports add, the API), auto (publish_auto), or guest, a process in the engine. CLIENTS counts connections and UDP\n" +
 			"clients so far, REFUSED those that the guest did not want, GATEWAY those that it sees as the gateway\n" +
 			"although SOURCE is preserve and they are not on this host's loopback; slipway flows says why.",
 		Args:              words(0, 1, ""),
@@ -77,7 +79,7 @@ func portRows(ports []enginePort) [][]string {
 	rows := [][]string{{"ENGINE", "ID", "PROTO", "LISTEN", "GUEST", "SOURCE", "OWNER", "CLIENTS", "REFUSED", "GATEWAY"}}
 	for _, p := range ports {
 		rows = append(rows, []string{
-			p.Engine, strconv.FormatUint(p.ID, 10), printable(p.Spec.Proto), listenText(p.Port), guestText(p.Spec), sourceText(p.Spec), printable(p.Owner),
+			p.Engine, strconv.FormatUint(p.ID, 10), printable(p.Spec.Proto), listenText(p.Port), guestText(p.Port), sourceText(p.Spec), ownerText(p.Port),
 			fmt.Sprint(p.Counters.Clients), fmt.Sprint(p.Counters.Refused), fmt.Sprint(p.Counters.Gateway),
 		})
 	}
@@ -100,19 +102,33 @@ func listenText(p api.Port) string {
 	return dash(strings.Join(words, " "))
 }
 
-// guestText is what a port's clients reach, and the container behind it where that is
-// known.
-func guestText(s api.PortSpec) string {
-	port := strconv.Itoa(cmp.Or(s.ChildPort, s.ParentPort))
-	text := "engine:" + port
-	if a, err := netip.ParseAddr(s.ChildIP); err == nil {
-		text = netip.AddrPortFrom(a, 0).String()
-		text = strings.TrimSuffix(text, "0") + port
+// guestText is what a port's clients reach, and the container that the engine's rules
+// lead them on to, where that is known.
+func guestText(p api.Port) string {
+	text := p.Reaches.String()
+	if !p.Reaches.IsValid() { // an engine that is older than we are
+		text = net.JoinHostPort(cmp.Or(p.Spec.ChildIP, "engine"), strconv.Itoa(p.Spec.ChildPort))
 	}
-	if s.Behind != "" {
-		text += " (" + printable(s.Behind) + ")"
+	if b := p.Spec.Behind; b != "" && b != text {
+		text += " (" + printable(b) + ")"
 	}
 	return text
+}
+
+// ownerText is who asked for a port.
+func ownerText(p api.Port) string {
+	if p.Container != "" {
+		return "docker: " + printable(p.Container)
+	}
+	words, guest := strings.CutPrefix(p.Owner, "guest:")
+	if !guest {
+		return printable(p.Owner)
+	}
+	pid, _, _ := strings.Cut(words, "/")
+	if p.Program != "" {
+		pid += ", " + printable(p.Program)
+	}
+	return "guest (pid " + printable(pid) + ")"
 }
 
 // sourceText says which client address the guest sees, where the port says that.
@@ -235,7 +251,7 @@ func printAdded(cmd *cobra.Command, engine string, ports []api.Port, asJSON bool
 	}
 	rows := [][]string{{"ID", "PROTO", "LISTEN", "GUEST"}}
 	for _, p := range ports {
-		rows = append(rows, []string{strconv.FormatUint(p.ID, 10), printable(p.Spec.Proto), listenText(p), guestText(p.Spec)})
+		rows = append(rows, []string{strconv.FormatUint(p.ID, 10), printable(p.Spec.Proto), listenText(p), guestText(p)})
 	}
 	return printTable(cmd.OutOrStdout(), rows)
 }
@@ -341,8 +357,8 @@ type hostPort struct {
 }
 
 type publishedPort struct {
-	id    uint64
-	guest netip.AddrPort
+	id     uint64
+	guests []netip.AddrPort // as it was asked for, what is reached, and the container
 }
 
 func indexPorts(ports []api.Port) portIndex {
@@ -351,7 +367,7 @@ func indexPorts(ports []api.Port) portIndex {
 		x.ids[p.ID] = true
 		if s, err := p.Spec.Flow(); err == nil {
 			guest := netip.AddrPortFrom(s.Guest.Addr(), cmp.Or(s.Guest.Port(), s.Host.Port()))
-			x.byHost[hostPort{s.Proto, s.Host}] = publishedPort{p.ID, guest}
+			x.byHost[hostPort{s.Proto, s.Host}] = publishedPort{p.ID, []netip.AddrPort{guest, p.Reaches, s.Behind}}
 		}
 	}
 	return x
@@ -364,7 +380,9 @@ func (x portIndex) find(t portTarget) (uint64, bool) {
 	}
 	p, ok := x.byHost[hostPort{t.spec.Proto, t.spec.Host}]
 	want := t.spec.Guest
-	return p.id, ok && p.guest.Port() == want.Port() && (!want.Addr().IsValid() || p.guest.Addr() == want.Addr())
+	return p.id, ok && slices.ContainsFunc(p.guests, func(guest netip.AddrPort) bool {
+		return guest.Port() == want.Port() && (!want.Addr().IsValid() || guest.Addr() == want.Addr())
+	})
 }
 
 // engineFirst takes the engine's name off the words of a command line. It is "" when

@@ -35,12 +35,17 @@ type fakeEngine struct {
 
 const maxFake = 8
 
-func (f *fakeEngine) Status() api.Status    { return api.Status{} }
-func (f *fakeEngine) Flows() []*flow.Flow   { f.mu.Lock(); defer f.mu.Unlock(); return f.flows }
-func (f *fakeEngine) Info() (i api.Info)    { i = api.NewInfo(); i.StateDir = f.dir; return i }
-func (f *fakeEngine) NetNS() string         { return "/proc/self/ns/net" }
-func (f *fakeEngine) list() (l []api.Port)  { return append([]api.Port{}, f.ports...) }
-func (f *fakeEngine) Ports() (l []api.Port) { f.mu.Lock(); defer f.mu.Unlock(); return f.list() }
+func (f *fakeEngine) Status() api.Status   { return api.Status{} }
+func (f *fakeEngine) Flows() []*flow.Flow  { f.mu.Lock(); defer f.mu.Unlock(); return f.flows }
+func (f *fakeEngine) Info() (i api.Info)   { i = api.NewInfo(); i.StateDir = f.dir; return i }
+func (f *fakeEngine) NetNS() string        { return "/proc/self/ns/net" }
+func (f *fakeEngine) list() (l []api.Port) { return append([]api.Port{}, f.ports...) }
+
+func (f *fakeEngine) Ports(context.Context) []api.Port {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.list()
+}
 
 func (f *fakeEngine) Exec(context.Context, api.ExecRequest, [3]*os.File) (api.Process, error) {
 	return nil, errors.ErrUnsupported
@@ -68,7 +73,7 @@ func (f *fakeEngine) AddPort(_ context.Context, owner string, s flow.PortSpec) (
 	if !s.Guest.Addr().IsValid() {
 		s.Guest = netip.AddrPortFrom(netip.MustParseAddr("192.168.65.3"), s.Guest.Port())
 	}
-	p := api.Port{ID: f.last, Spec: api.SpecOf(s), Owner: owner, Since: time.Now(), Listens: listens}
+	p := api.Port{ID: f.last, Spec: api.SpecOf(s), Owner: owner, Since: time.Now(), Listens: listens, Reaches: s.Guest}
 	f.ports = append(f.ports, p)
 	return p, nil
 }
@@ -157,6 +162,35 @@ func TestPorts(t *testing.T) {
 	}
 }
 
+// A container's port is shown with its name and where clients get to, and is withdrawn by
+// any of the addresses that are shown.
+func TestPortsOfContainers(t *testing.T) {
+	f := pretend(t, "web")
+	at := func(s string) netip.AddrPort { return netip.MustParseAddrPort(s) }
+	port := func(host, guest, behind, reaches, owner, container, program string) {
+		f.last++
+		s := flow.PortSpec{Proto: flow.TCP, Host: at(host), Guest: at(guest), Behind: at(behind)}
+		f.ports = append(f.ports, api.Port{ID: f.last, Spec: api.SpecOf(s), Owner: owner, Listens: []netip.AddrPort{s.Host}, Reaches: at(reaches), Container: container, Program: program})
+	}
+	port("0.0.0.0:8080", "192.168.65.3:8080", "172.17.0.2:80", "192.168.65.3:8080", "guest:812/1", "web", "")
+	port("127.0.0.1:8081", "192.168.65.3:8081", "172.17.0.2:80", "172.17.0.2:80", "guest:813/2", "", "slipway-docker-\x1b")
+	port("127.0.0.1:8082", "192.168.65.3:8082", "172.17.0.2:81", "172.17.0.2:81", "guest:814/3", "", "")
+	port("127.0.0.1:8083", "192.168.65.3:8083", "172.17.0.2:81", "172.17.0.2:81", "docker", "", "")
+	rows := columns(slipway(t, "ports").stdout)
+	for i, want := range []string{
+		"192.168.65.3:8080 (172.17.0.2:80) - docker: web 0", "172.17.0.2:80 - guest (pid 813, slipway-docker-?) 0",
+		"172.17.0.2:81 - guest (pid 814) 0", "172.17.0.2:81 - docker 0",
+	} {
+		if got := strings.Join(rows[i+1][4:], " "); !strings.HasPrefix(got, want) {
+			t.Errorf("port %d is shown as %s, want %s", i+1, got, want)
+		}
+	}
+	r := slipway(t, "ports", "rm", "0.0.0.0:8080:80", "127.0.0.1:8081:172.17.0.2:80", "127.0.0.1:8082:8082", "127.0.0.1:8083:83")
+	if r.code != 125 || !strings.HasPrefix(r.stderr, "slipway: withdraw 127.0.0.1:8083:83/tcp") || len(f.ports) != 1 {
+		t.Errorf("rm: status %d, %s, left %v", r.code, r.stderr, f.ports)
+	}
+}
+
 func TestPortsJSON(t *testing.T) {
 	f := pretend(t, "web")
 	list := func(args ...string) []enginePort {
@@ -180,7 +214,7 @@ func TestPortsJSON(t *testing.T) {
 			t.Errorf("list %+v, added %+v", got, added)
 		}
 	}
-	if p := f.Ports()[0]; p.Owner == "" {
+	if p := f.Ports(t.Context())[0]; p.Owner == "" {
 		t.Error("the port has no owner")
 	}
 }
@@ -190,18 +224,18 @@ func TestPortsAddInPart(t *testing.T) {
 	f := pretend(t, "web")
 	r := slipway(t, "ports", "add", "98-101:98-101")
 	lines := strings.Split(strings.TrimSpace(r.stderr), "\n")
-	if r.code != 125 || len(columns(r.stdout)) != 3 || len(f.Ports()) != 2 || len(lines) != 3 ||
+	if r.code != 125 || len(columns(r.stdout)) != 3 || len(f.Ports(t.Context())) != 2 || len(lines) != 3 ||
 		lines[1] != "slipway: publish 99:99/tcp: port 99 is taken by nginx (pid 812)" || lines[2] != "hint: choose another" {
 		t.Errorf("status %d, %s%s", r.code, r.stdout, r.stderr)
 	}
 	r = slipway(t, "ports", "add", "1000-60999:1-60000")
-	if r.code != 125 || len(f.Ports()) != maxFake || len(columns(r.stdout)) != maxFake-2+1 ||
+	if r.code != 125 || len(f.Ports(t.Context())) != maxFake || len(columns(r.stdout)) != maxFake-2+1 ||
 		!strings.Contains(r.stderr, "too many\nslipway: publish from 1007:8/tcp on: 59993 ports not tried\n") {
 		t.Errorf("status %d, %s%s", r.code, r.stdout, r.stderr)
 	}
 	r = slipway(t, "ports", "rm", "web", "98-101:98-101", "77")
 	if want := "slipway: withdraw 98:98/tcp on web: not published\nslipway: withdraw 99:99/tcp on web: not published\n" +
-		"slipway: withdraw port 77 on web: not published\nhint: slipway ports ls web\n"; r.code != 125 || r.stderr != want || len(f.Ports()) != maxFake-2 {
+		"slipway: withdraw port 77 on web: not published\nhint: slipway ports ls web\n"; r.code != 125 || r.stderr != want || len(f.Ports(t.Context())) != maxFake-2 {
 		t.Errorf("status %d, %s", r.code, r.stderr)
 	}
 }
@@ -223,8 +257,8 @@ func TestPortsWhichEngine(t *testing.T) {
 			t.Errorf("%v: %s", args, r.stderr)
 		}
 	}
-	if len(three.Ports()) != 0 || len(four.Ports()) != 1 {
-		t.Errorf("3 has %v, four has %v", three.Ports(), four.Ports())
+	if len(three.Ports(t.Context())) != 0 || len(four.Ports(t.Context())) != 1 {
+		t.Errorf("3 has %v, four has %v", three.Ports(t.Context()), four.Ports(t.Context()))
 	}
 	if rows := columns(slipway(t, "ports").stdout); len(rows) != 2 || rows[1][0] != "four" {
 		t.Errorf("of all: %v", rows)

@@ -104,7 +104,7 @@ func (b *Book) conflictLocked(owner string, proto flow.Proto, claims []netip.Add
 	}
 	for _, e := range b.taken[portKey{proto, port}] {
 		for _, c := range e.claims {
-			if !slices.ContainsFunc(claims, func(d netip.AddrPort) bool { return overlap(c.Addr(), d.Addr()) }) {
+			if !slices.ContainsFunc(claims, func(d netip.AddrPort) bool { return Overlap(c.Addr(), d.Addr()) }) {
 				continue
 			}
 			if !b.yields(e, owner) {

@@ -97,7 +97,7 @@ func (s *holderScan) match(proto flow.Proto, at netip.AddrPort) (best socketRow,
 		a := r.local.Addr()
 		rank := 0
 		switch {
-		case overlap(a, at.Addr().WithZone("")):
+		case Overlap(a, at.Addr().WithZone("")):
 			rank = 2
 		case at.Addr().Is4() && a == any6: // may be a socket of both families
 			rank = 1

@@ -235,7 +235,7 @@ func (b *Book) inUse(owner string, spec flow.PortSpec) error {
 // conflict is the error of somebody who asked for what e has.
 func (e *entry) conflict(asked flow.PortSpec, claims []netip.AddrPort) error {
 	i := slices.IndexFunc(claims, func(c netip.AddrPort) bool {
-		return slices.ContainsFunc(e.claims, func(d netip.AddrPort) bool { return overlap(c.Addr(), d.Addr()) })
+		return slices.ContainsFunc(e.claims, func(d netip.AddrPort) bool { return Overlap(c.Addr(), d.Addr()) })
 	})
 	asked.Host = claims[max(i, 0)]
 	return &ConflictError{asked, Published{e.asked, e.owner},

@@ -101,8 +101,8 @@ func wildcard(s flow.PortSpec) bool {
 	return !s.Host.Addr().IsValid() || s.Host.Addr().IsUnspecified()
 }
 
-// overlap reports whether sockets of one port cannot have both addresses.
-func overlap(a, b netip.Addr) bool {
+// Overlap reports whether sockets of one port cannot have both addresses.
+func Overlap(a, b netip.Addr) bool {
 	return a == b || a.Is4() == b.Is4() && (a.IsUnspecified() || b.IsUnspecified())
 }
 

@@ -33,7 +33,7 @@ type Backend interface {
 	PortBackend
 
 	// Ports returns the published ports, in the order of their IDs.
-	Ports() []Port
+	Ports(ctx context.Context) []Port
 }
 
 // PortBackend publishes ports. An error is an *Error with the Status that fits, where

@@ -69,8 +69,8 @@ func TestGuest(t *testing.T) {
 	if err := other.Withdraw(p.ID); asError(err).Status != http.StatusNotFound {
 		t.Errorf("another's withdrawn: %v", err)
 	}
-	if err := c.Withdraw(p.ID); err != nil || len(b.Ports()) != 0 {
-		t.Errorf("Withdraw = %v, left %v", err, b.Ports())
+	if err := c.Withdraw(p.ID); err != nil || len(b.Ports(t.Context())) != 0 {
+		t.Errorf("Withdraw = %v, left %v", err, b.Ports(t.Context()))
 	}
 	if err := c.Withdraw(p.ID); asError(err).Status != http.StatusNotFound {
 		t.Errorf("Withdraw again = %v", err)
@@ -109,8 +109,8 @@ func TestGuestCloses(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := c.Close(); err != nil || len(b.Ports()) != 0 {
-			t.Fatalf("Close = %v, left %v", err, b.Ports())
+		if err := c.Close(); err != nil || len(b.Ports(t.Context())) != 0 {
+			t.Fatalf("Close = %v, left %v", err, b.Ports(t.Context()))
 		}
 		select {
 		case <-c.Done():
@@ -158,7 +158,7 @@ func TestGuestServerEnds(t *testing.T) {
 		}
 	})
 	<-c.Done()
-	if l := b.Ports(); len(l) != 0 {
+	if l := b.Ports(t.Context()); len(l) != 0 {
 		t.Errorf("left %v", l)
 	}
 	var e *Error
@@ -220,7 +220,7 @@ func TestGuestLines(t *testing.T) {
 					t.Errorf("answer %q, want %q", got[i], tt.want[i])
 				}
 			}
-			if l := b.Ports(); len(l) != 0 {
+			if l := b.Ports(t.Context()); len(l) != 0 {
 				t.Errorf("left %v", l)
 			}
 		})

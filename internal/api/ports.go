@@ -41,6 +41,13 @@ type Port struct {
 	Since    time.Time        `json:"since"`   // it listens
 	Listens  []netip.AddrPort `json:"listens"` // the sockets' own addresses
 	Counters PortCounters     `json:"counters"`
+
+	// What clients reach: the container, where that is known and no rules of the engine lead to it.
+	Reaches netip.AddrPort `json:"reaches"`
+
+	// In a listing only:
+	Container string `json:"container,omitempty"` // the one it was published for, as the engine calls it
+	Program   string `json:"program,omitempty"`   // what the process of an Owner guest:PID/N is called
 }
 
 // PortCounters count what happened at a published port.

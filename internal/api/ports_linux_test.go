@@ -44,7 +44,7 @@ func (b *book) breaks(err error) {
 	b.broken = err
 }
 
-func (b *book) Ports() []Port {
+func (b *book) Ports(context.Context) []Port {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return slices.SortedFunc(maps.Values(b.ports), func(p, q Port) int { return cmp.Compare(p.ID, q.ID) })
@@ -189,7 +189,7 @@ func TestPortErrors(t *testing.T) {
 	if status, answer := post(t, path, `{"proto":"`+strings.Repeat("x", maxSpec)+`"}`); status != http.StatusRequestEntityTooLarge {
 		t.Errorf("too long: answer %d %s", status, answer)
 	}
-	if n := len(b.Ports()); n != 1 {
+	if n := len(b.Ports(t.Context())); n != 1 {
 		t.Errorf("%d ports are published, want 1", n)
 	}
 }
@@ -260,7 +260,7 @@ func TestTenThousandCalls(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if n := len(b.Ports()); n != calls/2 {
+	if n := len(b.Ports(t.Context())); n != calls/2 {
 		t.Errorf("%d ports are left, want %d", n, calls/2)
 	}
 	for deadline := time.Now().Add(5 * time.Second); openFiles(t) > before; time.Sleep(time.Millisecond) {

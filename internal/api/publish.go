@@ -21,8 +21,8 @@ const maxSpec = 64 << 10
 
 func (s *Server) info(w http.ResponseWriter, _ *http.Request) { reply(w, s.backend.Info()) }
 
-func (s *Server) ports(w http.ResponseWriter, _ *http.Request) {
-	list := s.backend.Ports()
+func (s *Server) ports(w http.ResponseWriter, r *http.Request) {
+	list := s.backend.Ports(r.Context())
 	if list == nil {
 		list = []Port{} // never null
 	}

@@ -1,7 +1,7 @@
 package daemon
 
 import (
-	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -10,14 +10,13 @@ import (
 	"strings"
 
 	"github.com/slipway-net/slipway/forward/publish"
-	"github.com/slipway-net/slipway/internal/api"
 )
 
 // The book knows other holders of a port as processes, and its own owners by the words
 // of the API. Here they become what a user knows: engines, and ways to ask for a port.
 
 // told is err, from the book, in words for a user.
-func (e *engine) told(err error) error {
+func (e *engine) told(ctx context.Context, err error) error {
 	var c *publish.ConflictError
 	if !errors.As(err, &c) {
 		return err
@@ -25,6 +24,9 @@ func (e *engine) told(err error) error {
 	switch h := c.Holder.(type) {
 	case publish.Published:
 		hint := hintOf(err)
+		if name := e.containers(ctx)(h.Owner, h.Spec); name != "" {
+			return conflict(c, fmt.Sprintf("container %s of engine %s", name, e.opts.Name), hint)
+		}
 		if h.Owner == ownerConfig {
 			hint = "publish another host port (0: any), or take it out of the configuration or of -p"
 		}
@@ -36,6 +38,9 @@ func (e *engine) told(err error) error {
 		case engine == e.opts.Name:
 			who = "this engine"
 		case engine != "":
+			if name := e.neighbours.container(ctx, e.state.root, engine, c.Spec); name != "" {
+				return conflict(c, fmt.Sprintf("container %s of engine %s", name, engine), another+", or stop that container")
+			}
 			who, hint = "engine "+engine, another+"; slipway ports ls "+engine+" shows who has it"
 		case h.Name == "slipway":
 			who = "a slipway engine"
@@ -71,30 +76,4 @@ func engineOf(root string, pid int) string {
 		}
 	}
 	return ""
-}
-
-// ownerText is an owner of published ports as a user knows it.
-func ownerText(owner string) string {
-	switch owner {
-	case ownerConfig:
-		return "the configuration or -p"
-	case api.OwnerAPI:
-		return "slipway ports add or the API"
-	case ownerAuto:
-		return "publish_auto"
-	case ownerDocker:
-		return "a container, by docker_api"
-	}
-	words, _, _ := strings.Cut(strings.TrimPrefix(owner, "guest:"), "/")
-	comm, err := os.ReadFile(filepath.Join("/proc", words, "comm"))
-	if _, bad := strconv.Atoi(words); bad != nil || err != nil {
-		return "a process in the engine"
-	}
-	name := strings.Map(func(r rune) rune {
-		if r < ' ' || r > '~' {
-			return '?'
-		}
-		return r
-	}, strings.TrimSpace(string(comm)))
-	return fmt.Sprintf("%s (pid %s) in the engine", cmp.Or(name, "a process"), words)
 }

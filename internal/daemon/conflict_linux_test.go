@@ -1,17 +1,24 @@
 package daemon
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/slipway-net/slipway/forward/publish"
+	"github.com/slipway-net/slipway/internal/api"
 	"github.com/slipway-net/slipway/internal/config"
+	"github.com/slipway-net/slipway/internal/engine/docker"
 	"github.com/slipway-net/slipway/internal/flow"
 )
 
@@ -71,7 +78,7 @@ func TestPublishConfiguredTells(t *testing.T) {
 		}
 		state.write("pid", fmt.Appendf(nil, "%d\n", os.Getpid()))
 		e.cfg.Publish = portSpecs(t, ln.Addr().String()+":80")
-		err := e.publishConfigured()
+		err := e.publishConfigured(t.Context())
 		var p *Problem
 		if want := fmt.Sprintf("is taken by %s (pid %d)", whose, os.Getpid()); !errors.As(err, &p) || !strings.HasSuffix(err.Error(), want) {
 			t.Fatalf("error %v, expected %q", err, want)
@@ -108,12 +115,89 @@ func TestToldOthers(t *testing.T) {
 		errors.New("x"), &publish.ConflictError{}, &publish.ConflictError{Holder: publish.User{UID: 7}},
 		&publish.ConflictError{Holder: publish.Process{Name: "nginx", PID: 812}}, &publish.PolicyError{},
 	} {
-		if got := e.told(err); got != err {
+		if got := e.told(t.Context(), err); got != err {
 			t.Errorf("%v became %v", err, got)
 		}
 	}
 	const want = "is taken by a connection of a slipway engine (pid 1)"
-	if err := e.told(&publish.ConflictError{Holder: publish.Process{Name: "slipway", PID: 1, Connection: true}}); !strings.HasSuffix(err.Error(), want) {
+	if err := e.told(t.Context(), &publish.ConflictError{Holder: publish.Process{Name: "slipway", PID: 1, Connection: true}}); !strings.HasSuffix(err.Error(), want) {
 		t.Errorf("%v, expected %q", err, want)
+	}
+}
+
+// dockerAPI has an engine's Docker API tell of one container.
+func dockerAPI(t *testing.T, e *engine) {
+	t.Helper()
+	ln, err := net.Listen("unix", filepath.Join(e.state.path, "docker.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		io.WriteString(w, `[{"Names": ["/shop"], "Ports": [{"PrivatePort": 80, "PublicPort": 7, "Type": "tcp"}], "NetworkSettings": {"Networks": {"bridge": {"IPAddress": "172.17.0.2"}}}}]`)
+	}))
+	srv.Listener.Close()
+	srv.Listener = ln
+	srv.Start()
+	t.Cleanup(srv.Close)
+	e.names = docker.NewNames(ln.Addr().String(), e.log)
+	t.Cleanup(e.names.Close)
+}
+
+// A port that a container has is told by the container's name, by its own engine and by others.
+func TestToldContainer(t *testing.T) {
+	shop, other := bookEngine(t), bookEngine(t)
+	dockerAPI(t, shop)
+	shop.doors, other.doors = &doors{engine: shop}, &doors{engine: other}
+	s := portSpecs(t, "127.0.0.1:0:80")[0]
+	s.Behind = netip.MustParseAddrPort("172.17.0.2:80")
+	p, err := shop.book.Add("guest:1/1", s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again := portSpecs(t, p.Listens[0].String()+":81")[0]
+	const want = "is taken by container shop of engine web"
+	if _, err := (backend{shop}).AddPort(t.Context(), api.OwnerAPI, again); err == nil || !strings.HasSuffix(err.Error(), want) {
+		t.Errorf("its own engine: %v, expected %q", err, want)
+	}
+
+	listed := backend{shop}.Ports(t.Context())
+	if len(listed) != 1 || listed[0].Container != "shop" || listed[0].Program != "" || listed[0].Reaches != s.Behind {
+		t.Errorf("listed as %+v", listed)
+	}
+
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(shop.state.path, socketName), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	serving, stop := context.WithCancel(t.Context())
+	served := make(chan error, 1)
+	go func() { served <- api.NewServer(backend{shop}, nil).Serve(serving, ln) }()
+	defer func() { stop(); <-served }()
+	shop.state.write("pid", fmt.Appendf(nil, "%d\n", os.Getpid()))
+	other.opts.Name, other.state = "other", shop.state
+	_, err = backend{other}.AddPort(t.Context(), api.OwnerAPI, again)
+	var told *api.Error
+	if !errors.As(err, &told) || told.Status != http.StatusConflict || !strings.HasSuffix(err.Error(), want) || !strings.Contains(told.Hint, "stop that container") {
+		t.Errorf("another engine: %v, expected %q", err, want)
+	}
+}
+
+// A neighbour that does not answer is waited for once.
+func TestToldStalledNeighbour(t *testing.T) {
+	e := bookEngine(t)
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(e.state.path, socketName), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	var n neighbours
+	from := time.Now()
+	for range 50 {
+		if got := n.container(t.Context(), e.state.root, "web", flow.PortSpec{}); got != "" {
+			t.Fatal(got)
+		}
+	}
+	if d := time.Since(from); d < neighbourLimit || d > 5*neighbourLimit {
+		t.Errorf("took %v", d)
 	}
 }

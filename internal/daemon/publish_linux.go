@@ -59,14 +59,14 @@ func (e *engine) openBook(s *services) {
 
 // publishConfigured publishes what the configuration and the command line ask for. The
 // hint is that of the first port that could not be.
-func (e *engine) publishConfigured() error {
+func (e *engine) publishConfigured(ctx context.Context) error {
 	errs := e.book.Reconcile(ownerConfig, e.cfg.Publish)
 	if len(errs) == 0 {
 		return nil
 	}
 	hint := ""
 	for i, err := range errs {
-		errs[i] = e.told(err)
+		errs[i] = e.told(ctx, err)
 		hint = cmp.Or(hint, hintOf(errs[i]))
 	}
 	return &Problem{Err: errors.Join(errs...), Hint: hint}
@@ -74,10 +74,10 @@ func (e *engine) publishConfigured() error {
 
 // reloadPorts takes over what is configured about published ports. Ports of other owners
 // stay as they are.
-func (e *engine) reloadPorts(now config.Settings) {
+func (e *engine) reloadPorts(ctx context.Context, now config.Settings) {
 	e.book.Update(now.PublishBind, now.PublishPorts.Allows, now.SourceIP)
 	for _, err := range e.book.Reconcile(ownerConfig, now.Publish) {
-		e.log.Error("port not published", slog.Any("err", e.told(err)))
+		e.log.Error("port not published", slog.Any("err", e.told(ctx, err)))
 	}
 }
 
@@ -99,19 +99,21 @@ func (c carrier) ServeUDP(u *net.UDPConn, p *publish.Port) (io.Closer, error) {
 
 // inbound is p as the data path needs it, for the clients of one of its sockets.
 func (c carrier) inbound(listens net.Addr, p *publish.Port) *forward.Inbound {
-	return &forward.Inbound{
-		Guest:    p.GuestFor(addrPortOf(listens).Addr()),
-		Behind:   p.Spec.Behind,
-		Wildcard: p.Wildcard,
-		Direct:   c.direct(),
-		Preserve: p.Spec.Source != flow.SourceGateway,
-		Proxy:    p.Spec.ProxyProtocol,
-		UDPIdle:  udpIdle(c.agent.Report().UDPTimeout),
-		Count: forward.InboundCounters{
-			Clients: &p.Stats.Clients, Refused: &p.Stats.Refused, Gateway: &p.Stats.Gateway,
-			Dropped: &p.Stats.Dropped, Errors: &p.Stats.Errors,
-		},
+	in := inboundOf(p, addrPortOf(listens).Addr())
+	in.Direct = c.direct()
+	in.Preserve = p.Spec.Source != flow.SourceGateway
+	in.Proxy = p.Spec.ProxyProtocol
+	in.UDPIdle = udpIdle(c.agent.Report().UDPTimeout)
+	in.Count = forward.InboundCounters{
+		Clients: &p.Stats.Clients, Refused: &p.Stats.Refused, Gateway: &p.Stats.Gateway,
+		Dropped: &p.Stats.Dropped, Errors: &p.Stats.Errors,
 	}
+	return in
+}
+
+// inboundOf is where p leads the clients that come in at an address.
+func inboundOf(p *publish.Port, listens netip.Addr) *forward.Inbound {
+	return &forward.Inbound{Guest: p.GuestFor(listens), Behind: p.Spec.Behind, Wildcard: p.Wildcard}
 }
 
 // direct reports whether the engine lets packets from outside in to its containers'
@@ -157,22 +159,26 @@ func (b backend) Info() api.Info {
 }
 
 // Ports implements api.Backend.
-func (b backend) Ports() []api.Port {
+func (b backend) Ports(ctx context.Context) []api.Port {
 	ports := b.book.List()
 	out := make([]api.Port, len(ports))
+	containers := b.containers(ctx)
 	for i, p := range ports {
-		out[i] = portOfBook(p)
+		out[i] = b.portOfBook(p)
+		if out[i].Container = containers(p.Owner, p.Spec); out[i].Container == "" {
+			_, out[i].Program = processOf(p.Owner)
+		}
 	}
 	return out
 }
 
 // AddPort implements api.PortBackend.
-func (b backend) AddPort(_ context.Context, owner string, s flow.PortSpec) (api.Port, error) {
+func (b backend) AddPort(ctx context.Context, owner string, s flow.PortSpec) (api.Port, error) {
 	p, err := b.book.Add(owner, s)
 	if err != nil {
-		return api.Port{}, publishError(b.told(err))
+		return api.Port{}, publishError(b.told(ctx, err))
 	}
-	return portOfBook(p), nil
+	return b.portOfBook(p), nil
 }
 
 // RemovePort implements api.PortBackend.
@@ -184,13 +190,18 @@ func (b backend) RemovePort(id uint64) error {
 }
 
 // portOfBook is p in the API's words.
-func portOfBook(p *publish.Port) api.Port {
+func (e *engine) portOfBook(p *publish.Port) api.Port {
+	var listens netip.Addr // of the first socket, which p.Spec is about, too
+	if len(p.Listens) > 0 {
+		listens = p.Listens[0].Addr()
+	}
 	return api.Port{
 		ID: p.ID, Spec: api.SpecOf(p.Spec), Owner: p.Owner, Since: p.Since, Listens: list(p.Listens),
 		Counters: api.PortCounters{
 			Clients: p.Stats.Clients.Load(), Refused: p.Stats.Refused.Load(), Gateway: p.Stats.Gateway.Load(),
 			Dropped: p.Stats.Dropped.Load(), Errors: p.Stats.Errors.Load(),
 		},
+		Reaches: inboundOf(p, listens).Reaches(e.doors.ends),
 	}
 }
 
@@ -247,19 +258,20 @@ func (e *engine) publishCounters() map[string]int64 {
 // reconciler publishes the lists of one owner, and tells of each failure once.
 type reconciler struct {
 	engine *engine
+	ctx    context.Context // ends with the services; the watchers' callbacks have none
 	owner  string
 	told   map[string]bool
 }
 
-func (e *engine) reconciler(owner string) *reconciler {
-	return &reconciler{engine: e, owner: owner, told: make(map[string]bool)}
+func (e *engine) reconciler(ctx context.Context, owner string) *reconciler {
+	return &reconciler{engine: e, ctx: ctx, owner: owner, told: make(map[string]bool)}
 }
 
 // apply makes specs the owner's ports.
 func (r *reconciler) apply(specs []flow.PortSpec) {
 	failed := make(map[string]bool)
 	for _, err := range r.engine.book.Reconcile(r.owner, specs) {
-		err = r.engine.told(err)
+		err = r.engine.told(r.ctx, err)
 		text := err.Error()
 		if failed[text] = true; !r.told[text] {
 			r.engine.log.Warn("port not published", slog.String("owner", r.owner), slog.Any("err", err))

@@ -15,6 +15,7 @@ import (
 	"github.com/slipway-net/slipway/forward"
 	"github.com/slipway-net/slipway/forward/publish"
 	"github.com/slipway-net/slipway/internal/config"
+	"github.com/slipway-net/slipway/internal/engine/docker"
 	"github.com/slipway-net/slipway/internal/flow/table"
 	"github.com/slipway-net/slipway/internal/nsagent"
 	"github.com/slipway-net/slipway/stack/link"
@@ -71,6 +72,9 @@ type engine struct {
 	kernel  *kernelPath // nil without
 	doors   *doors
 	book    *publish.Book // nil before the services are made
+	names   *docker.Names // nil where the engine has no Docker API that we know of
+
+	neighbours neighbours
 
 	wrapper []string // in front of the command; see docker.DockerdWrapper
 
@@ -123,7 +127,7 @@ func (e *engine) run(ctx context.Context) (code int, err error) {
 		}
 	}
 	if e.agent, err = nsagent.Start(ctx, e.spec(), e.log); err != nil {
-		if sig := e.interrupted(signals); sig != 0 { // it may have ended the agent, too
+		if sig := e.interrupted(ctx, signals); sig != 0 { // it may have ended the agent, too
 			return 128 + int(sig), nil
 		}
 		return 0, e.attachError(err)
@@ -148,7 +152,7 @@ func (e *engine) serve(ctx context.Context, signals *signals) (int, error) {
 	defer services.stop()
 
 	var code int
-	if sig := e.interrupted(signals); sig != 0 {
+	if sig := e.interrupted(ctx, signals); sig != 0 {
 		code = 128 + int(sig)
 		kill()
 	} else if err = e.startMain(ctx); err == nil {
@@ -236,6 +240,7 @@ func (e *engine) makeServices(s *services, tun *os.File) error {
 	})
 	s.onStop(e.forward.Close)
 	e.openBook(s)
+	e.openNames(s)
 	e.dns = dns.New(dns.Config{Names: n.names(), Subnets: n.subnets(), Upstreams: n.upstreams, Log: e.log})
 	if e.kernel != nil {
 		return e.kernel.open(s, e)
@@ -259,7 +264,7 @@ func (e *engine) addServices(s *services) error {
 		return err
 	}
 	s.start("dns", func(ctx context.Context) error { return e.dns.Serve(ctx, packets, streams) })
-	if err := e.publishConfigured(); err != nil {
+	if err := e.publishConfigured(s.ctx); err != nil {
 		return err
 	}
 	if err := e.addGuestSocket(s); err != nil {

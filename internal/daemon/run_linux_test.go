@@ -142,7 +142,7 @@ func TestReload(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			e, out := testEngine(t, Options{Name: "a", Config: config.Default(), Reload: tt.reload})
-			e.reload()
+			e.reload(t.Context())
 			if e.level.Level() != tt.level || !strings.Contains(out.String(), tt.want) {
 				t.Errorf("level %v, want %v; log %s", e.level.Level(), tt.level, out.String())
 			}

@@ -61,7 +61,7 @@ func inheritedSockets() []*os.File { return activation.Files(true) }
 
 // addWatchers starts whoever finds ports to publish by itself.
 func (e *engine) addWatchers(s *services) error {
-	if c := e.dockerWatch(); c.Socket != "" {
+	if c := e.dockerWatch(s.ctx); c.Socket != "" {
 		s.start("docker api", func(ctx context.Context) error {
 			docker.Watch(ctx, c)
 			return nil
@@ -90,18 +90,24 @@ func (e *engine) addWatchers(s *services) error {
 	return nil
 }
 
+// dockerSocket is the path of the engine's Docker API, "" where we know of none.
+func (e *engine) dockerSocket() string {
+	if e.cfg.DockerAPI == "" && e.isDockerd() {
+		return e.state.file(docker.SocketName)
+	}
+	return e.cfg.DockerAPI
+}
+
 // dockerWatch says which engine's API is watched, and for what: the containers of an
 // engine that we have set up publish by slipway-docker-proxy.
-func (e *engine) dockerWatch() docker.Config {
-	c := docker.Config{Socket: e.cfg.DockerAPI, Log: e.log}
-	if c.Socket == "" && e.isDockerd() {
-		c.Socket, c.ServicesOnly = e.state.file(docker.SocketName), true
+func (e *engine) dockerWatch(ctx context.Context) docker.Config {
+	r := e.reconciler(ctx, ownerDocker)
+	return docker.Config{
+		Socket: e.dockerSocket(), ServicesOnly: e.cfg.DockerAPI == "", Log: e.log,
+		Apply: func(specs []flow.PortSpec) {
+			r.apply(slices.DeleteFunc(specs, func(s flow.PortSpec) bool {
+				return e.book.Held(ownerDocker, s.Proto, s.Host.Port())
+			}))
+		},
 	}
-	r := e.reconciler(ownerDocker)
-	c.Apply = func(specs []flow.PortSpec) {
-		r.apply(slices.DeleteFunc(specs, func(s flow.PortSpec) bool {
-			return e.book.Held(ownerDocker, s.Proto, s.Host.Port())
-		}))
-	}
-	return c
 }

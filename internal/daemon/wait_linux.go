@@ -82,14 +82,14 @@ func (s *signals) ends(sig os.Signal) bool {
 
 // interrupted returns a signal that came while there was no command to pass it to and
 // that asks us to end, or 0. Without it a Ctrl-C during the start would reach nobody.
-func (e *engine) interrupted(signals *signals) syscall.Signal {
+func (e *engine) interrupted(ctx context.Context, signals *signals) syscall.Signal {
 	if e.opts.Mode == ModeAttach {
 		return 0 // it listens to signals without a command
 	}
 	for range signals.waiting() {
 		switch sig := <-signals.c; {
 		case sig == unix.SIGHUP && e.opts.Mode == ModeUp:
-			e.reload()
+			e.reload(ctx)
 		case signals.ends(sig):
 			return sig.(syscall.Signal)
 		}
@@ -139,7 +139,7 @@ func (e *engine) wait(ctx context.Context, signals *signals, s *services, kill f
 				continue
 			}
 			if sig == unix.SIGHUP && e.opts.Mode == ModeUp {
-				e.reload()
+				e.reload(ctx)
 				continue
 			}
 			if stop.signal(sig.(syscall.Signal)) {
@@ -228,7 +228,7 @@ var liveKeys = []string{"log_level", "publish", "publish_bind", "publish_ports",
 
 // reload reads the configuration again, takes over what can change while an engine
 // runs, and says what cannot.
-func (e *engine) reload() {
+func (e *engine) reload(ctx context.Context) {
 	if e.opts.Reload == nil {
 		e.log.Warn("configuration not read again: there is no file")
 		return
@@ -255,7 +255,7 @@ func (e *engine) reload() {
 	}
 	e.level.Set(settings.LogLevel)
 	if e.book != nil {
-		e.reloadPorts(settings.Settings)
+		e.reloadPorts(ctx, settings.Settings)
 	}
 	e.log.Info("configuration read again", slog.String("log_level", settings.LogLevel.String()))
 	if len(restart) > 0 {

@@ -54,9 +54,9 @@ type host struct {
 	asked  int
 }
 
-func (h *host) Info() api.Info    { return api.NewInfo() }
-func (h *host) Ports() []api.Port { return nil }
-func (h *host) NetNS() string     { return "/proc/self/ns/net" }
+func (h *host) Info() api.Info                   { return api.NewInfo() }
+func (h *host) Ports(context.Context) []api.Port { return nil }
+func (h *host) NetNS() string                    { return "/proc/self/ns/net" }
 
 func (h *host) AddPort(_ context.Context, _ string, s flow.PortSpec) (api.Port, error) {
 	h.mu.Lock()

@@ -93,7 +93,13 @@ func (c *client) get(ctx context.Context, path string, v any) (http.Header, erro
 	return resp.Header, nil
 }
 
-// containers lists the running containers.
+// list asks for the running containers.
+func (c *client) list(ctx context.Context) (list []container, err error) {
+	_, err = c.get(ctx, "/containers/json", &list)
+	return list, err
+}
+
+// containers lists the running containers with all of their ports.
 func (c *client) containers(ctx context.Context) ([]container, error) {
 	var list []container
 	h, err := c.get(ctx, "/containers/json", &list)

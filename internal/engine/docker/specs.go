@@ -13,7 +13,8 @@ import (
 
 // container is one of GET /containers/json.
 type container struct {
-	ID              string `json:"Id"`
+	ID              string   `json:"Id"`
+	Names           []string // "/web"; "/other/alias" is a link's
 	Ports           []port
 	NetworkSettings struct{ Networks map[string]endpoint }
 }
