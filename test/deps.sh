@@ -33,6 +33,7 @@ needed=(
 	traceroute:traceroute
 	mtr:mtr-tiny
 	curl:curl
+	systemd-socket-activate:systemd # works without a systemd that runs
 	sysctl:procps
 	bash:bash
 )

@@ -187,6 +187,8 @@ type docker struct {
 	client string
 	path   string // of its traffic
 	before string // a script that runs in the namespace before dockerd
+
+	starter func(*exec.Cmd) *exec.Cmd // who starts `slipway up`; nil for the test itself
 }
 
 // startDocker starts the engine as docs/docker.md says.
@@ -276,6 +278,9 @@ func (d *docker) stop(t *testing.T) {
 	stacks, _ := filepath.Glob(runTmp + "/containerd.*.stacks.log")
 	for _, f := range stacks {
 		os.Remove(f)
+	}
+	if d.engine.rootless {
+		os.RemoveAll(filepath.Dir(d.engine.stateDir()) + "/runc")
 	}
 	d.engine.end(t)
 }

@@ -113,9 +113,12 @@ func newUpDocker(t *testing.T, k dockerdKind, settings string) *docker {
 // up starts `slipway up` and waits for its dockerd. After end it may be started again.
 func (d *docker) up(t *testing.T, n *topo.Topology) {
 	t.Helper()
-	e := &engine{name: d.engine.name, net: n, done: make(chan struct{})}
+	e := &engine{user: d.engine.user, name: d.engine.name, net: n, done: make(chan struct{})}
 	e.before = snapshot(t, n)
 	e.cmd = e.slipway("up", "--config", d.dir+"/slipway.toml", e.name)
+	if d.starter != nil {
+		e.cmd = d.starter(e.cmd)
+	}
 	stdin, out := e.begin(t)
 	e.stdin = stdin
 	go io.Copy(io.Discard, out)
@@ -419,6 +422,9 @@ func (d *docker) conflict(t *testing.T, n *topo.Topology, before [][]string) {
 	}
 	defer l.Close()
 	want := fmt.Sprintf("port 18090 is taken by %s (pid %d)", comm(), os.Getpid())
+	if d.engine.rootless {
+		want = "port 18090 is taken by a process of root"
+	}
 	for try := 1; ; try++ { // on a busy machine the search for who has it is given up
 		ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 		out, err := d.command(ctx, "run", "--name", "unlucky", "-p", "18089:80", "-p", "18090:80", dockerImage, "/bin/busybox", "true").CombinedOutput()
@@ -514,12 +520,19 @@ func httpStatus(ns *topo.NS, address string) string {
 	return line
 }
 
-// TestPublishNginx: nginx in a container logs its clients, by their own addresses.
+// TestPublishNginx: nginx in a container logs its clients, by their own addresses. Port 80
+// is of systemd's.
 func TestPublishNginx(t *testing.T) {
 	needDockerd(t)
-	need(t, "nginx")
+	need(t, "nginx", "systemd-socket-activate")
 	n := newTopology(t)
 	d := newUpDocker(t, dockerdKind{name: "20.10", program: lookPath(t, "dockerd")}, "")
+	sockets := activation{proto: "tcp", listen: []string{"0.0.0.0:80", "[::]:80"}, only: true, want: onAll("tcp", 80)}
+	group := newGroup(t)
+	d.starter = func(up *exec.Cmd) *exec.Cmd {
+		group.Go(func() { sockets.wake(t, n) })
+		return sockets.command(t, n, user{}, up)
+	}
 	d.up(t, n)
 	d.must(t, "import", busyboxImage(t, d.dir), dockerImage)
 	const config = `daemon off; master_process off; pid /tmp/pid; error_log stderr; user root;
@@ -530,13 +543,14 @@ http { log_format who '$remote_addr:$remote_port $status'; access_log /dev/stdou
 	if err := os.WriteFile(d.dir+"/nginx.conf", []byte(config), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	options := []string{"run", "-d", "--stop-signal", "KILL", "-p", "18080:80", "-v", d.dir + "/nginx.conf:/etc/nginx.conf:ro"}
+	options := []string{"run", "-d", "--stop-signal", "KILL", "-p", "80:80", "-v", d.dir + "/nginx.conf:/etc/nginx.conf:ro"}
 	for _, dir := range []string{"/usr", "/lib", "/lib64", "/etc/passwd", "/etc/group"} { // no image of Debian's is at hand
 		if _, err := os.Stat(dir); err == nil {
 			options = append(options, "-v", dir+":"+dir+":ro")
 		}
 	}
 	id := d.must(t, append(options, dockerImage, lookPath(t, "nginx"), "-c", "/etc/nginx.conf")...)
+	expectListeners(t, n, "docker run", sockets.want)
 	loopback, own, other := clientsOf(n, families[0])
 	for _, c := range []client{loopback, own, other} {
 		to := topo.Host4
@@ -547,7 +561,7 @@ http { log_format who '$remote_addr:$remote_port $status'; access_log /dev/stdou
 		var conn net.Conn
 		if !eventually(20*time.Second, func() bool { // until nginx listens
 			var err error
-			if conn, err = c.ns.DialFrom("tcp", at(c.from, 0), at(to, 18080)); err != nil {
+			if conn, err = c.ns.DialFrom("tcp", at(c.from, 0), at(to, 80)); err != nil {
 				said = err.Error()
 				return false
 			}
@@ -570,7 +584,7 @@ http { log_format who '$remote_addr:$remote_port $status'; access_log /dev/stdou
 		}
 	}
 	d.must(t, "rm", "-f", id)
-	expectListeners(t, n, "docker rm")
+	expectListeners(t, n, "docker rm", sockets.want)
 }
 
 // TestPublishDockerClients: the client finds the engine's dockerd by slipway and by the

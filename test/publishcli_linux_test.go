@@ -15,8 +15,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/slipway-net/slipway/test/topo"
 )
 
@@ -358,67 +356,6 @@ func TestPublishPrivileged(t *testing.T) {
 		e.publish(t, "80:81")
 		expectListeners(t, n, "after the sysctl", onAll("tcp", 80))
 	})
-}
-
-// TestPublishInherited: a socket that the service manager opened is used, also where
-// slipway could not open it itself.
-func TestPublishInherited(t *testing.T) {
-	needPublish(t)
-	eachUser(t, func(t *testing.T, n *topo.Topology, u user) {
-		l, err := n.Host.Listen("127.0.0.1:80")
-		if err != nil {
-			t.Fatal(err)
-		}
-		file, err := l.(*net.TCPListener).File()
-		l.Close()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer file.Close()
-		raw, err := file.SyscallConn()
-		if err != nil {
-			t.Fatal(err)
-		}
-		var socket unix.Stat_t
-		raw.Control(func(fd uintptr) { err = unix.Fstat(int(fd), &socket) })
-		if err != nil {
-			t.Fatal(err)
-		}
-		e := &engine{user: u, name: newName(), net: n, done: make(chan struct{})}
-		e.before = snapshot(t, n)
-		run := u.slipway("run", "--name", e.name, "-p", "127.0.0.1:80:81", "--", "sh", "-c", "echo $$; readlink /proc/self/ns/net; exec cat")
-		e.cmd = exec.Command(lookPath(t, "sh"), append([]string{"-c", `LISTEN_PID=$$ LISTEN_FDS=2 exec "$@"`, "sh"}, run.Args...)...)
-		u.dress(e.cmd)
-		e.cmd.ExtraFiles = []*os.File{file, file} // the second is for nobody
-		e.follow(t)
-		file.Close()
-		tellSource(t, e.guest, enginePort)
-		expectListeners(t, n, "inherited", []string{"tcp 127.0.0.1:80"})
-		reach(t, n, "tcp", 80)
-		if pids := holders(t, socket.Ino); len(pids) != 1 {
-			t.Errorf("processes %v have the socket, want slipway alone", pids)
-		}
-		if r := e.exec(t, "sh", "-c", "echo $LISTEN_FDS$LISTEN_PID; ls /proc/self/fd"); strings.TrimSpace(strings.Split(r.stdout, "\n")[0]) != "" {
-			t.Errorf("the command has LISTEN_FDS, too: %s", r.stdout)
-		}
-	})
-}
-
-// holders lists the processes that have a socket.
-func holders(t *testing.T, inode uint64) (pids []string) {
-	t.Helper()
-	fds, err := filepath.Glob("/proc/[0-9]*/fd/*")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, fd := range fds {
-		if name, _ := os.Readlink(fd); name == fmt.Sprintf("socket:[%d]", inode) {
-			if pid := strings.Split(fd, "/")[2]; !slices.Contains(pids, pid) {
-				pids = append(pids, pid)
-			}
-		}
-	}
-	return pids
 }
 
 // TestPublishAuto: what listens in the guest beyond its loopback is published, for as
