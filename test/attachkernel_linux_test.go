@@ -325,7 +325,7 @@ func newContainers(t testing.TB, ns *topo.NS) (all []*topo.NS) {
 // does: what needs it waits and then goes on, what does not never notices.
 func TestStoppedDaemon(t *testing.T) {
 	const stop = 3 * time.Second
-	eachEngine(t, func(t *testing.T, g *guest) {
+	eachEngineAtOnce(t, func(t *testing.T, g *guest) {
 		containers := newContainers(t, g.ns)
 		from := map[string]*topo.NS{"the namespace itself": g.ns, "a container": containers[0]}
 		var local []string // what both reach without a daemon

@@ -133,7 +133,7 @@ func TestDNSPassThrough(t *testing.T) {
 
 // TestDeadNameServers: where no server answers, the guest is told within 6 s.
 func TestDeadNameServers(t *testing.T) {
-	eachEngine(t, func(t *testing.T, g *guest) {
+	eachEngineAtOnce(t, func(t *testing.T, g *guest) {
 		s := startNameServer(t, g.net.World)
 		s.silent.Store(true)
 		start := time.Now()

@@ -3,6 +3,8 @@ package test
 import (
 	"net"
 	"net/netip"
+	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -68,6 +70,26 @@ func allGuests(t *testing.T) []*guest {
 		all = append(all, newGuest(t, newTopology(t), k, engineOptions{}))
 	}
 	return all
+}
+
+// eachGuestAtOnce is eachGuest for such suites.
+func eachGuestAtOnce(t *testing.T, suite func(t *testing.T, g *guest)) {
+	t.Helper()
+	together(t, allGuests(t), suite)
+}
+
+// eachEngineAtOnce is eachEngine for such suites.
+func eachEngineAtOnce(t *testing.T, suite func(t *testing.T, g *guest)) {
+	t.Helper()
+	together(t, slices.DeleteFunc(allGuests(t), func(g *guest) bool { return g.kind.native }), suite)
+}
+
+func together(t *testing.T, guests []*guest, suite func(t *testing.T, g *guest)) {
+	var wg sync.WaitGroup
+	for _, g := range guests {
+		wg.Go(func() { t.Run(g.kind.name, func(t *testing.T) { suite(t, g) }) })
+	}
+	wg.Wait()
 }
 
 // newTopology builds the network of one test, with a name server in world.

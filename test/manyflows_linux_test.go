@@ -230,20 +230,14 @@ func TestNoDescriptors(t *testing.T) {
 	if err := os.WriteFile(bin, []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	defer os.Remove(bin)
+	t.Cleanup(func() { os.Remove(bin) })
 	t.Setenv(envBin, bin)
-	for _, k := range kinds {
-		if k.native {
-			continue
+	eachEngineAtOnce(t, func(t *testing.T, g *guest) {
+		if n := fileLimit(t, g.engine.cmd.Process.Pid); n != limit {
+			t.Skipf("slipway may raise its limit, and has: %d", n) // real root
 		}
-		t.Run(k.name, func(t *testing.T) {
-			g := newGuest(t, newTopology(t), k, engineOptions{})
-			if n := fileLimit(t, g.engine.cmd.Process.Pid); n != limit {
-				t.Skipf("slipway may raise its limit, and has: %d", n) // real root
-			}
-			noDescriptors(t, g, limit)
-		})
-	}
+		noDescriptors(t, g, limit)
+	})
 }
 
 // fileLimit is a process's soft limit of open files.

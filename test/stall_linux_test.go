@@ -394,7 +394,7 @@ func expectPath(t testing.TB, g *guest, connections uint64) {
 // TestResetWhileBlocked: neither side reads, both directions are full. A reset passes
 // all the same, at once.
 func TestResetWhileBlocked(t *testing.T) {
-	eachGuest(t, func(t *testing.T, g *guest) {
+	eachGuestAtOnce(t, func(t *testing.T, g *guest) {
 		eachFamily(t, func(t *testing.T, f family) {
 			for _, by := range []string{"guest", "target"} {
 				t.Run("by "+by, func(t *testing.T) {

@@ -157,7 +157,7 @@ func TestSlowReader(t *testing.T) {
 	// What the kernels on both sides and slipway may hold for one connection:
 	// tcp_wmem and tcp_rmem limits of 4 and 6 MiB on each leg, and our buffers.
 	const held = 32 << 20
-	eachGuest(t, func(t *testing.T, g *guest) {
+	eachGuestAtOnce(t, func(t *testing.T, g *guest) {
 		eachFamily(t, func(t *testing.T, f family) {
 			data := pattern(size)
 			wrote := make(chan int, 1)
@@ -210,7 +210,7 @@ func TestSlowWriter(t *testing.T) {
 
 // TestGuestGivesUp ends a dial that the guest does not wait for any more.
 func TestGuestGivesUp(t *testing.T) {
-	eachEngine(t, func(t *testing.T, g *guest) {
+	eachEngineAtOnce(t, func(t *testing.T, g *guest) {
 		for _, address := range []string{at(topo.BlackHole4, 80), at(topo.BlackHole6, 80)} {
 			if s := dialError(g.ns, address, 1500*time.Millisecond); s != "silence" {
 				t.Fatalf("%s: %s", address, s)

@@ -29,7 +29,9 @@ type Bridge struct {
 
 // NewBridge makes the bridge in ns. The caller closes it.
 func NewBridge(ns *NS) (*Bridge, error) {
-	return &Bridge{ns: ns}, errors.Join(forwarding(ns), ns.IP(lines(`
+	return &Bridge{ns: ns}, errors.Join(forwarding(ns),
+		// Containers hear of each REJECT.
+		ns.Sysctl("net.ipv4.icmp_ratelimit", "0"), ns.Sysctl("net.ipv6.icmp.ratelimit", "0"), ns.IP(lines(`
 		link add %[1]s type bridge
 		addr add %[2]v/16 dev %[1]s
 		addr add %[3]v/64 dev %[1]s nodad
