@@ -3,6 +3,7 @@ package publish
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 
 	"github.com/slipway-net/slipway/internal/flow"
 )
@@ -46,7 +47,7 @@ type ConflictError struct {
 	hint   string
 }
 
-// Holder is who has a port: a Published of the same Book, a Process or a User.
+// Holder is who has a port: a Published of the same Book, a PassedOn, a Process or a User.
 type Holder interface{ String() string }
 
 // Published is a Holder that the Book knows itself.
@@ -58,6 +59,21 @@ type Published struct {
 // String is "the published port SPEC of OWNER".
 func (p Published) String() string {
 	return fmt.Sprintf("the published port %v of %s", p.Spec, p.Owner)
+}
+
+// PassedOn is a Holder that is a socket of the Book's, for other addresses than were asked.
+type PassedOn struct {
+	Addr netip.AddrPort
+	Dual bool // it takes clients of IPv4, too
+}
+
+// String is "the socket for [::]:80 that was passed on".
+func (p PassedOn) String() string {
+	both := ""
+	if p.Dual {
+		both = " and IPv4"
+	}
+	return fmt.Sprintf("the socket for %v%s that was passed on", p.Addr, both)
 }
 
 // Process is a Holder that is somebody else on the host.

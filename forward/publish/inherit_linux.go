@@ -107,6 +107,19 @@ func (b *Book) inheritedDual(proto flow.Proto, claims []netip.AddrPort) (socket,
 	return b.passed(func(in inherited) bool { return in.proto == proto && in.at == claims[1] && in.dual })
 }
 
+// inheritedBeside returns the socket that was passed on and keeps at from being bound,
+// since it is for more than at, or for less.
+func (b *Book) inheritedBeside(proto flow.Proto, at netip.AddrPort) (PassedOn, bool) {
+	i := slices.IndexFunc(b.inherited, func(in inherited) bool {
+		wide := in.at.Addr().Is4() == at.Addr().Is4() && (in.at.Addr().IsUnspecified() || at.Addr().IsUnspecified())
+		return in.proto == proto && in.at.Port() == at.Port() && (in.dual || wide)
+	})
+	if i < 0 {
+		return PassedOn{}, false
+	}
+	return PassedOn{b.inherited[i].at, b.inherited[i].dual}, true
+}
+
 // passed duplicates the first inherited socket that fits. Conflicts were ruled out
 // before, so it is nobody else's.
 func (b *Book) passed(fits func(inherited) bool) (s socket, ok bool) {

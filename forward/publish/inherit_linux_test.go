@@ -108,7 +108,8 @@ func TestInheritedDualForOneFamily(t *testing.T) {
 	b, _ := newBook(t, Config{Inherited: []*os.File{file}})
 	for _, s := range []string{"[::]:%d:80", "0.0.0.0:%d:80", "127.0.0.1:%d:80"} {
 		var conflict *ConflictError
-		if _, err := b.Add("me", spec(t, fmt.Sprintf(s, port))); !errors.As(err, &conflict) {
+		if _, err := b.Add("me", spec(t, fmt.Sprintf(s, port))); !errors.As(err, &conflict) ||
+			conflict.Holder != (PassedOn{netip.AddrPortFrom(any6, port), true}) || !strings.Contains(conflict.Hint(), "BindIPv6Only") {
 			t.Errorf(s+": %v, want a conflict", port, err)
 		}
 	}

@@ -24,3 +24,5 @@ func inherit(files []*os.File, log *slog.Logger) []inherited {
 func (b *Book) inheritedAt(flow.Proto, netip.AddrPort) (s socket, ok bool) { return s, false }
 
 func (b *Book) inheritedDual(flow.Proto, []netip.AddrPort) (s socket, ok bool) { return s, false }
+
+func (b *Book) inheritedBeside(flow.Proto, netip.AddrPort) (p PassedOn, ok bool) { return p, false }

@@ -203,6 +203,10 @@ func (b *Book) explain(e *entry, err error) error {
 	}
 	spec := e.asked
 	spec.Host = failed.at
+	if in, ok := b.inheritedBeside(spec.Proto, failed.at); ok {
+		listen := map[flow.Proto]string{flow.TCP: "ListenStream", flow.UDP: "ListenDatagram"}[spec.Proto]
+		return &ConflictError{spec, in, fmt.Sprintf("publish what is passed on, or have just this address passed on (%s=%v, BindIPv6Only=ipv6-only)", listen, failed.at)}
+	}
 	switch {
 	case errors.Is(err, errInUse):
 		return b.inUse(e.owner, spec)
