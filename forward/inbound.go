@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/netip"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/slipway-net/slipway/internal/flow"
@@ -16,6 +17,7 @@ type Inbound struct {
 	Behind   netip.AddrPort // the container behind a specific address, where known
 	Wildcard bool           // listens on all addresses of its family
 	Direct   bool           // the engine lets packets from outside in to Behind, and to any Guest that is not its own address
+	Either   bool           // Guest's port at the engine's address of the other family will do, too, where nobody serves at Guest
 	Preserve bool           // the client's address is kept where possible
 	Proxy    bool           // TCP connections begin with a PROXY protocol header of version 2
 	UDPIdle  time.Duration  // of a client's mapping; zero means 90 s
@@ -56,6 +58,9 @@ type Doors interface {
 
 	// Where says where the guest's routes lead. It is fast.
 	Where(netip.Addr) Place
+	// Listens reports whether a socket of the guest's namespace waits for clients at an
+	// address and port; false where nobody can tell. It is fast.
+	Listens(flow.Proto, netip.AddrPort) bool
 	Ends() Ends
 }
 
@@ -153,8 +158,12 @@ const (
 // passage decides how client reaches the guest: docs/publish.md, row by row. The client
 // has a zone only if the host's kernel gave it one, and is not v4-in-v6.
 func (in *Inbound) passage(proto flow.Proto, client netip.AddrPort, d Doors) passage {
-	ends := d.Ends()
-	to, container := in.reached(ends)
+	to, container := in.reached(d.Ends())
+	return in.passageTo(to, container, proto, client, d)
+}
+
+// passageTo is passage to one address, which may be a container's.
+func (in *Inbound) passageTo(to netip.AddrPort, container bool, proto flow.Proto, client netip.AddrPort, d Doors) passage {
 	if to.Addr().IsLoopback() {
 		return passage{way: Plain, to: to, indirect: true}
 	}
@@ -167,7 +176,7 @@ func (in *Inbound) passage(proto flow.Proto, client netip.AddrPort, d Doors) pas
 	if p.why == "" && in.keeps(client.Addr()) {
 		return p
 	}
-	p.from = anyPortOf(to.Addr(), ends)
+	p.from = anyPortOf(to.Addr(), d.Ends())
 	switch {
 	case proto == flow.TCP && d.Has(SocketTransparent4.forFamily(to.Addr())):
 		p.way = Transparent
@@ -175,6 +184,45 @@ func (in *Inbound) passage(proto flow.Proto, client netip.AddrPort, d Doors) pas
 		p.way, p.from = Plain, netip.AddrPort{}
 	}
 	return p
+}
+
+// after is how else client may get into the guest when p failed with err. It is NoWay in the
+// end.
+func (in *Inbound) after(p passage, err error, proto flow.Proto, client netip.AddrPort, d Doors) passage {
+	switch {
+	case closedWay(err):
+		return p.otherwise(client, d)
+	case refusal(err):
+		return in.second(p, proto, client, d)
+	}
+	return passage{way: NoWay}
+}
+
+// second leads to the engine's address of the other family when the guest has refused at the
+// first: many a server is of one family, and the client, who is connected, cannot try
+// the other any more. It is NoWay if p was the second, or there is none.
+//
+// It must not lead around the guest's firewall, which refuses by family and address. So a
+// client with an address has to find that nobody serves in his family, rather than that he is
+// not served. Those of the host's loopback are the gateway in both.
+func (in *Inbound) second(p passage, proto flow.Proto, client netip.AddrPort, d Doors) passage {
+	ends := d.Ends()
+	first, _ := in.reached(ends)
+	to := netip.AddrPortFrom(ends.Guest4, first.Port())
+	if first.Addr().Is4() {
+		to = netip.AddrPortFrom(ends.Guest6, first.Port())
+	}
+	switch {
+	case !in.Either || p.to != first || !to.IsValid():
+	case client.Addr().IsLoopback() || !d.Listens(proto, first) && d.Listens(proto, to):
+		return in.passageTo(to, false, proto, client, d)
+	}
+	return passage{way: NoWay}
+}
+
+// refusal reports whether err is an answer rather than silence.
+func refusal(err error) bool {
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EHOSTUNREACH) || errors.Is(err, syscall.ENETUNREACH)
 }
 
 // otherwise is how else client may get there when the way of p turned out not to be open:

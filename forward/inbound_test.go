@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"os"
+	"slices"
+	"syscall"
 	"testing"
 
 	"github.com/slipway-net/slipway/internal/flow"
@@ -14,6 +17,7 @@ type testDoors struct {
 	transparent bool
 	ends        Ends
 	places      map[netip.Addr]Place // Outside where it is not said
+	listens     []netip.AddrPort
 }
 
 func (d *testDoors) Dial(context.Context, netip.AddrPort, netip.AddrPort) (flow.Conn, error) {
@@ -33,9 +37,20 @@ func (d *testDoors) Where(a netip.Addr) Place {
 	return Outside
 }
 
+func (d *testDoors) Listens(_ flow.Proto, at netip.AddrPort) bool {
+	return slices.Contains(d.listens, at)
+}
+
 func (d *testDoors) Ends() Ends { return d.ends }
 
 func ip(s string) netip.Addr { return netip.MustParseAddr(s) }
+
+func aps(list ...string) (out []netip.AddrPort) {
+	for _, s := range list {
+		out = append(out, ap(s))
+	}
+	return out
+}
 
 // dockerDoors are those of an engine with a container behind docker0, and another
 // network that hides the LAN's 10.9.0.0/16.
@@ -196,6 +211,52 @@ func TestPassageOtherwise(t *testing.T) {
 		}
 		if p.why != c.why {
 			t.Errorf("%s: in the end %q, want %q", c.name, p.why, c.why)
+		}
+	}
+}
+
+// TestPassageSecond: where else a client is led that the guest has refused.
+func TestPassageSecond(t *testing.T) {
+	const own4, own6 = "192.168.65.3:8080", "[fdc4:f303:9324::3]:8080"
+	either := func(in *Inbound) { in.Either = true }
+	in4, in6 := with(inWildcard, either), with(inWildcard6, either)
+	only4 := *dockerDoors(true)
+	only4.ends.Guest6 = netip.Addr{}
+	for _, c := range []struct {
+		name    string
+		in      Inbound
+		client  string
+		listens []netip.AddrPort
+		doors   *testDoors
+		want    passage
+	}{
+		{"server of IPv4", in6, "[2001:db8::7]:40000", aps(own4), nil, passage{Transparent, ap(gateway4), ap(own4), false, whyFamily}},
+		{"server of IPv6", in4, "198.51.100.7:40000", aps(own6), nil, passage{Transparent, ap(gateway6), ap(own6), false, whyFamily}},
+		{"without the kernel path", in4, "198.51.100.7:40000", aps(own6), dockerDoors(false), passage{Wire, ap(gateway6), ap(own6), false, whyFamily}},
+		{"both families by one socket", in4, "[2001:db8::7]:40000", aps(own6), nil, passage{Wire, ap("[2001:db8::7]:40000"), ap(own6), false, ""}},
+		{"loopback", in6, "[::1]:40000", nil, nil, passage{Transparent, ap(gateway4), ap(own4), false, ""}},
+		{"loopback, IPv4", in4, "127.0.0.1:40000", nil, nil, passage{Transparent, ap(gateway6), ap(own6), false, ""}},
+		{"nobody", in4, "198.51.100.7:40000", nil, nil, passage{}},
+		{"a firewall", in4, "198.51.100.7:40000", aps(own4, own6), nil, passage{}},
+		{"a firewall, IPv6", in6, "[2001:db8::7]:40000", aps(own4, own6), nil, passage{}},
+		{"guest without IPv6", in4, "127.0.0.1:40000", nil, &only4, passage{}},
+		{"an address was asked", inWildcard, "127.0.0.1:40000", aps(own6), nil, passage{}},
+	} {
+		d := c.doors
+		if d == nil {
+			d = dockerDoors(true)
+		}
+		d.listens = c.listens
+		client := ap(c.client)
+		p := c.in.after(c.in.passage(flow.TCP, client, d), syscall.ECONNREFUSED, flow.TCP, client, d)
+		if p != c.want {
+			t.Errorf("%s: %+v, want %+v", c.name, p, c.want)
+		}
+		if again := c.in.after(p, syscall.ECONNREFUSED, flow.TCP, client, d); again.way != NoWay {
+			t.Errorf("%s: then %+v, want no other", c.name, again)
+		}
+		if late := c.in.after(c.in.passage(flow.TCP, client, d), os.ErrDeadlineExceeded, flow.TCP, client, d); late.way != NoWay {
+			t.Errorf("%s: after silence %+v, want nothing", c.name, late)
 		}
 	}
 }

@@ -224,8 +224,11 @@ func (c *udpClient) hostError(e hostError) {
 func (c *udpClient) lost(n uint32) { c.port.lost(n) }
 
 // refused passes an ICMP error about a datagram of the client's on to it, as if from the
-// address that it asked.
+// address that it asked, unless there is another place to ask.
 func (c *udpClient) refused(e flow.Error) {
+	if e.ICMP == portUnreachable(c.to.Addr()) && c.port.ports.again(c, e) {
+		return
+	}
 	count(c.port.in.Count.Refused)
 	icmp := e.ICMP
 	if client := c.key.client.Addr(); client.Is4() != c.to.Addr().Is4() {

@@ -34,8 +34,9 @@ import (
 //     is no loop. A client of the loop whose way is the wire is handed over to one.
 //
 // Where a way turns out not to be open (the client's port is connected already, no socket
-// or port is to be had) the next one is taken, see passage.otherwise; a guest that
-// refuses has refused.
+// or port is to be had) the next one is taken, see passage.otherwise. A guest that
+// refuses has refused, but for a server that is of the other family only, see
+// Inbound.second.
 //
 // Limits: as many flows as guests may begin, Config.MaxTCP, of which one client address
 // has two thirds; inboundDials that are being connected, two thirds of them to one
@@ -213,12 +214,13 @@ func (f *Forwarder) welcome(c client, in *Inbound) {
 
 // serveClient connects the guest and relays, beginning with the way of p.
 func (f *Forwarder) serveClient(ctx context.Context, c client, in *Inbound, p passage) {
-	if !f.in.dials.take(p.to) {
+	to := p.to
+	if !f.in.dials.take(to) {
 		f.refuse(c, in, p, errDialLimit)
 		return
 	}
-	guest, fl, err := f.enter(ctx, c.addr, &p)
-	f.in.dials.give(p.to)
+	guest, fl, err := f.enter(ctx, c.addr, in, &p)
+	f.in.dials.give(to)
 	if err == nil && in.Proxy {
 		if _, err = guest.Write(proxyHeader(c.addr, c.at)); err != nil {
 			guest.Abort()
@@ -254,12 +256,14 @@ var (
 )
 
 // enter connects the guest by the way of p, or the next ones. It leaves in p the one that
-// was taken, whose flow is then in the table.
-func (f *Forwarder) enter(ctx context.Context, client netip.AddrPort, p *passage) (flow.Conn, *flow.Flow, error) {
+// was taken, whose flow is then in the table, or the last.
+func (f *Forwarder) enter(ctx context.Context, client netip.AddrPort, in *Inbound, p *passage) (flow.Conn, *flow.Flow, error) {
 	ctx, cancel := context.WithTimeout(ctx, f.in.patience)
 	defer cancel()
-	last := errNoWay
-	for p.way != NoWay {
+	if p.way == NoWay {
+		return nil, nil, errNoWay
+	}
+	for {
 		fl := f.publishedFlow(client, *p)
 		if !f.open(fl) {
 			return nil, nil, errFlowLimit
@@ -269,12 +273,12 @@ func (f *Forwarder) enter(ctx context.Context, client netip.AddrPort, p *passage
 			return conn, fl, nil
 		}
 		f.close(fl)
-		if last = err; !closedWay(err) || ctx.Err() != nil {
-			break
+		next := in.after(*p, err, flow.TCP, client, f.in.doors)
+		if next.way == NoWay || ctx.Err() != nil {
+			return nil, nil, err
 		}
-		*p = p.otherwise(client, f.in.doors)
+		*p = next
 	}
-	return nil, nil, last
 }
 
 // enterBy connects the guest by one way.

@@ -158,7 +158,8 @@ type inboundDial struct {
 	client  netip.AddrPort
 	conn    int // the client's socket
 	passage passage
-	flow    *flow.Flow // of this try, or nil
+	counts  netip.AddrPort // where, as one that waits
+	flow    *flow.Flow     // of this try, or nil
 
 	guest int // the guest's socket, or -1
 	ref   loop.Ref
@@ -173,7 +174,7 @@ func (s *Sockets) welcome(conn int, addr netip.AddrPort, in *Inbound) {
 		unix.SetsockoptString(conn, unix.SOL_TCP, unix.TCP_CONGESTION, unpaced)
 	}
 	p := in.passage(flow.TCP, addr, s.f.in.doors)
-	d := &inboundDial{s: s, in: in, client: addr, conn: conn, passage: p, guest: -1}
+	d := &inboundDial{s: s, in: in, client: addr, conn: conn, passage: p, counts: p.to, guest: -1}
 	if p.way == Wire {
 		d.toGoroutine()
 		return
@@ -331,14 +332,15 @@ func (d *inboundDial) connected() {
 	d.s.join(d.guest, d.conn, d.flow)
 }
 
-// failed tries the next way if err is about this one, and else resets the client.
+// failed tries the next way, if there is one, and else resets the client.
 func (d *inboundDial) failed(err error) {
-	if !closedWay(err) {
+	next := d.in.after(d.passage, err, flow.TCP, d.client, d.s.f.in.doors)
+	if next.way == NoWay {
 		d.refuse(err)
 		return
 	}
 	d.letGo()
-	d.passage = d.passage.otherwise(d.client, d.s.f.in.doors)
+	d.passage = next
 	d.try()
 }
 
@@ -377,7 +379,7 @@ func (d *inboundDial) end() {
 		d.timer.Stop()
 	}
 	delete(d.s.inbound, d)
-	d.s.f.in.dials.give(d.passage.to)
+	d.s.f.in.dials.give(d.counts)
 }
 
 // acceptClient takes a connection from the queue of ln, which Go's poller watches.

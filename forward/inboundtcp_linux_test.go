@@ -3,6 +3,7 @@ package forward
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -503,29 +504,38 @@ func TestInboundWays(t *testing.T) {
 		return nil
 	}
 	const other, other6 = "198.51.100.7:0", "[2001:db8::7]:0"
+	refused := func(netip.AddrPort, netip.AddrPort) error { return &DialError{Err: syscall.ECONNREFUSED} }
 	own, own6 := Inbound{Guest: ap("192.168.65.3:8080"), Wildcard: true, Preserve: true}, Inbound{Guest: ap("[fdc4:f303:9324::3]:8080"), Wildcard: true, Preserve: true}
+	either := func(in *Inbound) { in.Either = true }
+	either4, either6 := with(own, either), with(own6, either)
 	for _, c := range []struct {
 		name    string
 		in      Inbound
+		server  string // in.Guest where it is empty
 		client  string // where it dials from
 		doors   *hostDoors
 		seen    string // by the server, where a socket was connected
 		dial    string // the last by the wire; "client" is its address
 		gateway uint64
 	}{
-		{"transparent", own, "", &hostDoors{}, "192.168.65.1", "", 0},
-		{"transparent, IPv6", own6, "", &hostDoors{}, "fdc4:f303:9324::1", "", 0},
-		{"wire", own, other, &hostDoors{}, "", "client > 192.168.65.3:8080", 0},
-		{"wire, IPv6", own6, other6, &hostDoors{}, "", "client > [fdc4:f303:9324::3]:8080", 0},
-		{"routed inside", own, "10.9.0.7:0", &hostDoors{}, "192.168.65.1", "", 1},
-		{"client's port in use", own, other, &hostDoors{dial: inUse}, "", "192.168.65.1:0 > 192.168.65.3:8080", 1},
-		{"no transparent sockets", own, "", &hostDoors{noSockets: unix.EMFILE}, "", "192.168.65.1:0 > 192.168.65.3:8080", 0},
-		{"not direct", Inbound{Guest: ap("172.17.0.2:8080"), Preserve: true}, other, &hostDoors{}, "192.168.65.1", "", 1},
+		{"transparent", own, "", "", &hostDoors{}, "192.168.65.1", "", 0},
+		{"transparent, IPv6", own6, "", "", &hostDoors{}, "fdc4:f303:9324::1", "", 0},
+		{"wire", own, "", other, &hostDoors{}, "", "client > 192.168.65.3:8080", 0},
+		{"wire, IPv6", own6, "", other6, &hostDoors{}, "", "client > [fdc4:f303:9324::3]:8080", 0},
+		{"routed inside", own, "", "10.9.0.7:0", &hostDoors{}, "192.168.65.1", "", 1},
+		{"client's port in use", own, "", other, &hostDoors{dial: inUse}, "", "192.168.65.1:0 > 192.168.65.3:8080", 1},
+		{"no transparent sockets", own, "", "", &hostDoors{noSockets: unix.EMFILE}, "", "192.168.65.1:0 > 192.168.65.3:8080", 0},
+		{"not direct", Inbound{Guest: ap("172.17.0.2:8080"), Preserve: true}, "", other, &hostDoors{}, "192.168.65.1", "", 1},
+		{"server of IPv4, loopback", either6, own.Guest.String(), "", &hostDoors{}, "192.168.65.1", "", 0},
+		{"server of IPv6, loopback", either4, own6.Guest.String(), "", &hostDoors{}, "fdc4:f303:9324::1", "", 0},
+		{"server of IPv4", either6, own.Guest.String(), other6, &hostDoors{dial: refused}, "192.168.65.1", "client > [fdc4:f303:9324::3]:8080", 1},
+		{"server of IPv6", either4, own6.Guest.String(), other, &hostDoors{dial: refused}, "fdc4:f303:9324::1", "client > 192.168.65.3:8080", 1},
 	} {
 		onBoth(t, func(t *testing.T, onLoop bool) {
-			echoListener(t, c.in.Guest.String())
+			server := echoListener(t, cmp.Or(c.server, c.in.Guest.String()))
 			doors := &hostDoors{dial: c.doors.dial, noSockets: c.doors.noSockets}
 			doors.testDoors = *dockerDoors(true)
+			doors.listens = []netip.AddrPort{server}
 			listen := "198.51.100.7:0"
 			switch {
 			case c.client == "" && c.in.Guest.Addr().Is6():

@@ -42,7 +42,8 @@ import (
 //
 // Errors. An ICMP error of the guest's (Rejected, or the error queue of a plain socket)
 // goes to the client from the address it asked, if we may open a raw socket, and is
-// counted. Errors of clients are nobody's: the guest is not told who has gone. Datagrams
+// counted; before anything else came of a mapping it may lead to one of the other family
+// instead, see Inbound.second. Errors of clients are nobody's: the guest is not told who has gone. Datagrams
 // with DF that do not fit the host's route get the ICMP error that a router would send.
 //
 // Ends. A mapping ends after its port's UDPIdle without a datagram either way. At most
@@ -330,6 +331,11 @@ func (u *udpPorts) admit(p *udpPort, k clientKey, d flow.Datagram) *udpClient {
 		})
 		return nil
 	}
+	return u.enterBy(p, k, way)
+}
+
+// enterBy makes a mapping of which the way is known.
+func (u *udpPorts) enterBy(p *udpPort, k clientKey, way passage) *udpClient {
 	c := &udpClient{port: p, key: k, to: way.to, seen: way.from, plain: way.way == Plain, why: way.why}
 	return u.add(c, func() bool { return u.chooseSeenLocked(c, way) })
 }
@@ -537,6 +543,34 @@ func (u *udpMaps) talks(d flow.Datagram) bool {
 	}
 	_, ok := m.knownAs(d.Target.Addr())
 	return ok
+}
+
+// again has another mapping take the place of c, of which the guest has said nothing but e,
+// that its port is closed; the datagram is sent again if all of it is known. It reports whether
+// there is one.
+func (u *udpPorts) again(c *udpClient, e flow.Error) bool {
+	p := c.port
+	if c.plain || c.guestBegan || c.answered.Load() {
+		return false
+	}
+	way := p.in.second(passage{to: c.to}, flow.UDP, c.key.client, p.doors)
+	if way.way != Wire {
+		return false
+	}
+	u.mu.Lock()
+	was := c.own != nil
+	if was {
+		u.unlinkLocked(c)
+	}
+	u.mu.Unlock()
+	if !was {
+		return true // by another datagram
+	}
+	c.end()
+	if c = u.enterBy(p, c.key, way); c != nil && e.Size <= len(e.Quote) {
+		c.toGuest(flow.Datagram{Payload: e.Quote, Hops: defaultHops - 1})
+	}
+	return true
 }
 
 // tell sends a client an ICMP error, at a limited rate.

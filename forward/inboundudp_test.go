@@ -435,6 +435,82 @@ func TestInboundUDPRefused(t *testing.T) {
 	}
 }
 
+// Where nobody serves in the client's family the datagram goes to the engine's other address,
+// and the answers come from the one that was asked.
+func TestInboundUDPOtherFamily(t *testing.T) {
+	const own4, own6, client, asked = "192.168.65.3:8080", "[fdc4:f303:9324::3]:8080", "198.51.100.7:5000", "192.0.2.1"
+	in := with(inWildcard, func(in *Inbound) { in.Either = true })
+	refuse := func(u *udpPublished, known string, size int) flow.Datagram {
+		d := take(t, u.guest, &u.guest.datagrams)
+		(&Forwarder{ports: u.udpPorts}).Rejected(flow.Error{
+			Tuple: flow.Tuple{Proto: flow.UDP, Guest: d.Guest, Target: d.Target},
+			ICMP:  portUnreachable(d.Guest.Addr()), Quote: []byte(known), Size: size,
+		})
+		return d
+	}
+	t.Run("served", func(t *testing.T) {
+		u := publishUDP(t)
+		u.doors.listens = aps(own6)
+		p := u.port(in, "0.0.0.0:8080")
+		p.client(client, asked, "hello")
+		refuse(u, "hello", 5)
+		d := take(t, u.guest, &u.guest.datagrams)
+		if d.Guest != ap(own6) || d.Target.Addr() != ip("fdc4:f303:9324::1") || string(d.Payload) != "hello" {
+			t.Fatalf("the guest gets %+v", d)
+		}
+		u.guestSends(own6, d.Target.String(), "answer")
+		if got := u.sent(); got != (toClient{ip(asked), ap(client), "answer"}) {
+			t.Errorf("the client gets %+v", got)
+		}
+		if c := p.in.Count; c.Refused.Load() != 0 || c.Gateway.Load() != 1 || len(u.socks.told) != 0 || u.len() != 1 {
+			t.Errorf("%d refused, %d as the gateway, told %+v, %d mappings", c.Refused.Load(), c.Gateway.Load(), u.socks.told, u.len())
+		}
+	})
+	t.Run("not_all_is_quoted", func(t *testing.T) {
+		u := publishUDP(t)
+		u.doors.listens = aps(own6)
+		p := u.port(in, "0.0.0.0:8080")
+		p.client(client, asked, "hello")
+		refuse(u, "hell", 5)
+		p.client(client, asked, "again")
+		if d := take(t, u.guest, &u.guest.datagrams); d.Guest != ap(own6) || string(d.Payload) != "again" {
+			t.Errorf("the guest gets %+v", d)
+		}
+	})
+	for name, listens := range map[string][]netip.AddrPort{"nobody": nil, "a_firewall": aps(own4, own6)} {
+		t.Run(name, func(t *testing.T) {
+			u := publishUDP(t)
+			u.doors.listens = listens
+			p := u.port(in, "0.0.0.0:8080")
+			p.client(client, asked, "hello")
+			refuse(u, "hello", 5)
+			if len(u.socks.told) != 1 || p.in.Count.Refused.Load() != 1 {
+				t.Errorf("told %+v", u.socks.told)
+			}
+		})
+	}
+	t.Run("answered_before", func(t *testing.T) {
+		u := publishUDP(t)
+		p := u.port(in, "0.0.0.0:8080")
+		p.client(client, asked, "hello")
+		u.guestSends(own4, client, "answer")
+		u.doors.listens = aps(own6)
+		refuse(u, "hello", 5)
+		if len(u.socks.told) != 1 || u.client(ap(own4), ap(client)) == nil {
+			t.Errorf("told %+v", u.socks.told)
+		}
+	})
+	t.Run("loopback_nobody", func(t *testing.T) {
+		u := publishUDP(t)
+		p := u.port(in, "0.0.0.0:8080")
+		p.client("127.0.0.1:5000", "127.0.0.1", "hello")
+		first, second := refuse(u, "hello", 5), refuse(u, "hello", 5)
+		if first.Guest != ap(own4) || second.Guest != ap(own6) || len(u.socks.told) != 1 || u.socks.told[0].ICMP != portUnreachable4 {
+			t.Errorf("to %v, then to %v, told %+v", first.Guest, second.Guest, u.socks.told)
+		}
+	})
+}
+
 // A port that leads nowhere refuses, and keeps nothing.
 func TestInboundUDPNoWay(t *testing.T) {
 	u := publishUDP(t)

@@ -207,6 +207,61 @@ func testPublishFallback(t *testing.T, p *publishable) {
 	p.sameClientPort(t)
 }
 
+// TestPublishOtherFamily: a server of one family serves the clients of both, as the gateway,
+// but for those whom the guest's firewall refuses.
+func TestPublishOtherFamily(t *testing.T) {
+	eachPublishable(t, engineOptions{}, func(t *testing.T, p *publishable) {
+		const guarded = 88
+		for i, f := range families {
+			tellSourceAt(t, p.ns, netip.AddrPortFrom(anyOf(f), uint16(86+i)))
+		}
+		tellSource(t, p.ns, guarded)
+		if _, err := p.ns.Run("", p.bridge.tables.command(families[0]), "-I", "INPUT", "-p", "tcp", "--dport", fmt.Sprint(guarded), "-j", "REJECT"); err != nil {
+			t.Fatal(err)
+		}
+		p.engine.publish(t, "18086-18088:86-88", "18086-18087:86-87/udp")
+		for i, server := range families {
+			f, port := families[1-i], 18086+i
+			loopback, own, other := clientsOf(p.net, f)
+			for _, c := range []client{loopback, own, other} {
+				to := hostOf(f)
+				if c.from.IsLoopback() {
+					to = c.from
+				}
+				for _, proto := range []string{"tcp", "udp"} {
+					s, err := c.ask(proto, netip.AddrPortFrom(to, uint16(port)))
+					if problem := s.differs("gateway", server); err != nil || problem != "" {
+						t.Errorf("a server of %s, asked over %s in %s, from %s: %s %v", server.name, proto, f.name, c.name, problem, err)
+					}
+				}
+			}
+			for _, d := range readPorts(t, p.engine) {
+				if d.Spec.ParentPort == port && (d.Counters.Gateway != 2 || d.Counters.Refused != 0) {
+					t.Errorf("counters of %d/%s: %+v", port, d.Spec.Proto, d.Counters)
+				}
+			}
+			conn := dial(t, p.net.World, &net.TCPAddr{IP: hostOf(f).AsSlice(), Port: port})
+			s, err := seenBy(conn)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if flows := readFlows(t, p.engine); !slices.ContainsFunc(flows, func(d flowDoc) bool {
+				return d.Target == s.own && strings.Contains(d.Reason, "other family")
+			}) {
+				t.Errorf("flows does not say why the client is seen as the gateway: %+v", flows)
+			}
+		}
+		_, _, other := clientsOf(p.net, families[0])
+		if s, err := other.ask("tcp", netip.AddrPortFrom(topo.Host4, 18088)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("a client that the firewall refuses is seen as %v: %v, expected a reset", s.seen, err)
+		}
+		_, _, other = clientsOf(p.net, families[1])
+		if s, err := other.ask("tcp", netip.AddrPortFrom(topo.Host6, 18088)); err != nil || s.seen != s.own {
+			t.Errorf("a client that it lets in is %v, seen as %v: %v", s.own, s.seen, err)
+		}
+	})
+}
+
 // linkLocal returns an interface's link-local address, with the number of the interface
 // as the zone.
 func linkLocal(t testing.TB, ns *topo.NS, dev string) (a netip.Addr) {

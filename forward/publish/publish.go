@@ -128,6 +128,10 @@ func (p *Port) GuestFor(listener netip.Addr) netip.AddrPort {
 	return netip.AddrPortFrom(first, p.Spec.Guest.Port())
 }
 
+// Either reports whether clients may reach the engine's address of either family, whichever
+// serves them: the PortSpec named none, and no container, which has its own.
+func (p *Port) Either() bool { return !p.asked.Guest.Addr().IsValid() && !p.asked.Behind.IsValid() }
+
 // Book is the book of published ports. It is safe for concurrent use; nothing waits
 // for another port's /proc scan, guest or Carrier, but for the one scan that everybody
 // who gets a conflict meanwhile needs.

@@ -102,6 +102,24 @@ func TestGuestFor(t *testing.T) {
 	}
 }
 
+// A port of one address leads to that one.
+func TestEither(t *testing.T) {
+	container := netip.MustParseAddrPort("172.17.0.2:80")
+	for _, c := range []struct {
+		asked flow.PortSpec
+		want  bool
+	}{
+		{flow.PortSpec{Guest: netip.AddrPortFrom(netip.Addr{}, 80)}, true},
+		{flow.PortSpec{Guest: container}, false},
+		{flow.PortSpec{Guest: netip.AddrPortFrom(own4, 80)}, false},
+		{flow.PortSpec{Guest: netip.AddrPortFrom(netip.Addr{}, 80), Behind: container}, false},
+	} {
+		if got := (&Port{asked: c.asked}).Either(); got != c.want {
+			t.Errorf("%+v: either family %v, want %v", c.asked, got, c.want)
+		}
+	}
+}
+
 func TestAddAgain(t *testing.T) {
 	b, c := newBook(t, Config{})
 	s := spec(t, "0:80")

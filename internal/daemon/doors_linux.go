@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"net/netip"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/slipway-net/slipway/forward"
 	"github.com/slipway-net/slipway/internal/flow"
 	"github.com/slipway-net/slipway/internal/nsagent"
@@ -93,6 +95,15 @@ func (d *doors) Where(a netip.Addr) forward.Place {
 		return forward.Unknown
 	}
 	return doorPlaces[p]
+}
+
+// Listens implements forward.Doors.
+func (d *doors) Listens(p flow.Proto, at netip.AddrPort) bool {
+	number := byte(unix.IPPROTO_TCP)
+	if p == flow.UDP {
+		number = unix.IPPROTO_UDP
+	}
+	return d.engine.agent.Listens(number, at)
 }
 
 // errNotInside says why an address cannot be published.

@@ -100,7 +100,7 @@ func (c carrier) ServeUDP(u *net.UDPConn, p *publish.Port) (io.Closer, error) {
 // inbound is p as the data path needs it, for the clients of one of its sockets.
 func (c carrier) inbound(listens net.Addr, p *publish.Port) *forward.Inbound {
 	in := inboundOf(p, addrPortOf(listens).Addr())
-	in.Direct = c.direct()
+	in.Direct, in.Either = c.direct(), p.Either()
 	in.Preserve = p.Spec.Source != flow.SourceGateway
 	in.Proxy = p.Spec.ProxyProtocol
 	in.UDPIdle = udpIdle(c.agent.Report().UDPTimeout)

@@ -39,6 +39,7 @@ type Agent struct {
 	repairs atomic.Uint64
 	pools   [socketKinds]pool
 	routes  routes
+	diag    diag
 
 	done     chan struct{} // closed when the guest is over: see Done
 	doneOnce sync.Once
@@ -246,6 +247,7 @@ func (a *Agent) Close(ctx context.Context) error {
 		a.pools[k].close()
 	}
 	a.routes.close()
+	a.diag.close()
 	a.wire.close()
 	a.netns.Close()
 	if a.spec.Join != nil && a.nft != nil {

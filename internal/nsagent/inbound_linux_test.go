@@ -23,6 +23,7 @@ func init() {
 		guestTest{"inbound_marks", testInboundMarks},
 		guestTest{"inbound_forged", testInboundForged},
 		guestTest{"inbound_where", testInboundWhere},
+		guestTest{"inbound_listens", testInboundListens},
 		guestTest{"inbound_sockets", testInboundSockets},
 	)
 }
@@ -253,6 +254,46 @@ func testInboundForged(t *testing.T) {
 	}
 	if _, _, err := unix.Accept4(fdOf(t, g.Kernel().Listener4), unix.SOCK_CLOEXEC); err != unix.EAGAIN {
 		t.Errorf("our listener has it, too: %v", err)
+	}
+}
+
+// Who waits for clients is known by family and address.
+func testInboundListens(t *testing.T) {
+	g := start(t, testSpec(t))
+	g.sh(t, "ip link set lo up")
+	wait := func(k SocketKind, to string, only6 int) {
+		t.Helper()
+		fd, err := g.Socket(k, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Close(fd) })
+		a := netip.MustParseAddrPort(to)
+		var sa unix.Sockaddr = &unix.SockaddrInet4{Port: int(a.Port()), Addr: [4]byte(a.Addr().AsSlice())}
+		if a.Addr().Is6() {
+			unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, only6)
+			sa = &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
+		}
+		err = unix.Bind(fd, sa)
+		if k == SocketTCP4 || k == SocketTCP6 {
+			err = errors.Join(err, unix.Listen(fd, 1))
+		}
+		if err != nil {
+			t.Fatalf("%v on %s: %v", k, to, err)
+		}
+	}
+	for udp, kinds := range [][2]SocketKind{{SocketTCP4, SocketTCP6}, {SocketUDP4, SocketUDP6}} {
+		for at, only6 := range map[string]int{"0.0.0.0:8001": 0, "[::]:8002": 1, "[::]:8003": 0, "192.168.65.3:8004": 0, "127.0.0.1:8005": 0, "[::1]:8005": 1} {
+			wait(kinds[strings.Count(at, "[")], at, only6)
+		}
+		for port, want := range map[uint16][2]bool{8001: {true, false}, 8002: {false, true}, 8003: {true, true}, 8004: {true, false}, 8005: {}, 8006: {}} {
+			for i, a := range []netip.Addr{netip.MustParseAddr("192.168.65.3"), netip.MustParseAddr("fdc4:f303:9324::3")} {
+				at := netip.AddrPortFrom(a, port)
+				if got := g.Listens([]byte{unix.IPPROTO_TCP, unix.IPPROTO_UDP}[udp], at); got != want[i] {
+					t.Errorf("udp %d: somebody listens at %v: %v, want %v", udp, at, got, want[i])
+				}
+			}
+		}
 	}
 }
 

@@ -74,6 +74,7 @@ const (
 	wireProbe4    = "probe4"
 	wireProbe6    = "probe6"
 	wireRoutes    = "routes" // rtnetlink(7)
+	wireDiag      = "diag"   // sock_diag(7)
 )
 
 // logEvent asks the daemon to write a line for the agent, which has no log.

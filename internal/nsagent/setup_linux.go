@@ -43,8 +43,10 @@ func (g *guest) setup() (files map[string]*os.File, r Report, err error) {
 	g.settlePorts(&r)
 	files = k.files()
 	files[wireTUN], files[wireNFT] = tun, g.tables.owner()
-	if fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE); err == nil {
-		files[wireRoutes] = os.NewFile(uintptr(fd), "rtnetlink")
+	for name, family := range map[string]int{wireRoutes: unix.NETLINK_ROUTE, wireDiag: unix.NETLINK_INET_DIAG} {
+		if fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, family); err == nil {
+			files[name] = os.NewFile(uintptr(fd), name)
+		}
 	}
 	return files, r, nil
 }

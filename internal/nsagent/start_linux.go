@@ -224,7 +224,7 @@ func (a *Agent) take(names []string, files []*os.File) bool {
 		return false
 	}
 	a.tun, a.netns, a.nft = named[wireTUN], named[wireNetNS], named[wireNFT]
-	a.routes.socket = named[wireRoutes]
+	a.routes.socket, a.diag.socket = named[wireRoutes], named[wireDiag]
 	if named[wireListener4] != nil {
 		a.kernel = &KernelSockets{
 			Listener4: named[wireListener4], Listener6: named[wireListener6],

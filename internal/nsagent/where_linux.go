@@ -37,15 +37,20 @@ const (
 	answerMost    = 32 << 10
 )
 
-// routes asks the guest's kernel where addresses are.
-type routes struct {
-	mu     sync.Mutex // guards the fields below
-	socket *os.File   // rtnetlink(7) of the guest's namespace; nil if there is none, or no more
+// asker puts questions to the guest's kernel.
+type asker struct {
+	mu     sync.Mutex // guards the fields below, and those of whoever has an asker
+	socket *os.File   // netlink(7) of the guest's namespace; nil if there is none, or no more
 	fd     int        // of it
-	tun    uint32     // index of our device; 0 until the first question
 	seq    uint32
-	answer []byte // buffer
-	known  map[netip.Addr]placeUntil
+	answer []byte // buffer; nil until the first question
+}
+
+// routes asks where addresses are.
+type routes struct {
+	asker
+	tun   uint32 // index of our device; 0 until the first question
+	known map[netip.Addr]placeUntil
 }
 
 // placeUntil is an answer.
@@ -79,19 +84,24 @@ func (a *Agent) Where(addr netip.Addr) (Place, error) {
 	return p, nil
 }
 
-// open makes the socket ready the first time.
-func (r *routes) open(a *Agent) error {
-	if r.socket == nil {
+// ready prepares the socket the first time.
+func (k *asker) ready() (err error) {
+	if k.socket == nil {
 		return ErrClosed
 	}
-	if r.tun != 0 {
-		return nil
+	if k.answer == nil {
+		k.fd, err = rawFD(k.socket)
+		k.answer = make([]byte, answerMost)
 	}
-	var err error
-	if r.fd, err = rawFD(r.socket); err != nil {
+	return err
+}
+
+// open looks for our device the first time.
+func (r *routes) open(a *Agent) error {
+	err := r.ready()
+	if err != nil || r.tun != 0 {
 		return err
 	}
-	r.answer = make([]byte, answerMost)
 	if r.tun, err = r.index(a.spec.TUN.Name); err != nil {
 		return fmt.Errorf("look up the guest's device %s: %w", a.spec.TUN.Name, err)
 	}
@@ -160,31 +170,31 @@ var errStrangers = errors.New("others send to the socket")
 // request sends one message and returns its answer, which is valid until the next one. It
 // does not block: the kernel has answered when sendto(2) returns. Whoever has
 // CAP_NET_ADMIN in the namespace may send to our port, too.
-func (r *routes) request(typ uint16, body []byte) (syscall.NetlinkMessage, error) {
-	r.seq++
+func (k *asker) request(typ uint16, body []byte) (syscall.NetlinkMessage, error) {
+	k.seq++
 	b := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(body)))
 	b = binary.NativeEndian.AppendUint16(b, typ)
 	b = binary.NativeEndian.AppendUint16(b, unix.NLM_F_REQUEST)
-	b = binary.NativeEndian.AppendUint32(b, r.seq)
+	b = binary.NativeEndian.AppendUint32(b, k.seq)
 	b = append(binary.NativeEndian.AppendUint32(b, 0), body...)
-	if err := unix.Sendto(r.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	if err := unix.Sendto(k.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return syscall.NetlinkMessage{}, err
 	}
 	for range strangersMost {
-		n, from, err := unix.Recvfrom(r.fd, r.answer, unix.MSG_DONTWAIT)
+		n, from, err := unix.Recvfrom(k.fd, k.answer, unix.MSG_DONTWAIT)
 		if err != nil {
 			return syscall.NetlinkMessage{}, err
 		}
-		if k, ok := from.(*unix.SockaddrNetlink); !ok || k.Pid != 0 {
+		if a, ok := from.(*unix.SockaddrNetlink); !ok || a.Pid != 0 {
 			continue // not the kernel
 		}
-		list, err := syscall.ParseNetlinkMessage(r.answer[:n])
+		list, err := syscall.ParseNetlinkMessage(k.answer[:n])
 		if err != nil {
 			return syscall.NetlinkMessage{}, err
 		}
 		for _, m := range list {
 			switch {
-			case m.Header.Seq != r.seq: // of a question that was given up
+			case m.Header.Seq != k.seq: // of a question that was given up
 			case m.Header.Type == unix.NLMSG_ERROR && len(m.Data) >= 4:
 				return m, unix.Errno(-int32(binary.NativeEndian.Uint32(m.Data)))
 			default:
@@ -202,11 +212,11 @@ func attribute(typ uint16, value []byte) []byte {
 	return append(b, make([]byte, -len(b)&(unix.RTA_ALIGNTO-1))...)
 }
 
-func (r *routes) close() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.socket != nil {
-		r.socket.Close()
-		r.socket = nil
+func (k *asker) close() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.socket != nil {
+		k.socket.Close()
+		k.socket = nil
 	}
 }
