@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -212,8 +214,21 @@ func TestPublishPodman(t *testing.T) {
 	reach(t, n, "udp", 18081)
 	second := run("-p", "18083:80")
 	expectListeners(t, n, "a second container", append(ofFirst, onAll("tcp", 18083))...)
+	third := run("-p", "18090-18092:90-92")
+	ofThird := slices.Concat(onAll("tcp", 18090), onAll("tcp", 18091), onAll("tcp", 18092))
+	expectListeners(t, n, "a range", append(ofFirst, onAll("tcp", 18083), ofThird)...)
+	p.must(t, "rename", third, "renamed")
 	p.must(t, "stop", "-t", "0", first)
-	expectListeners(t, n, "podman stop", onAll("tcp", 18083))
+	expectListeners(t, n, "podman stop", onAll("tcp", 18083), ofThird)
+	p.must(t, "start", first)
+	expectListeners(t, n, "podman start", append(ofFirst, onAll("tcp", 18083), ofThird)...)
+	if pid, err := strconv.Atoi(p.must(t, "inspect", "-f", "{{.State.Pid}}", "renamed")); err != nil || pid < 2 || syscall.Kill(pid, syscall.SIGKILL) != nil {
+		t.Fatalf("the renamed container has pid %d: %v", pid, err)
+	}
+	expectListeners(t, n, "kill -9 of a container", append(ofFirst, onAll("tcp", 18083))...)
+	p.must(t, "rm", "-f", "-t", "0", "renamed")
+	p.must(t, "stop", "-t", "0", first)
+	expectListeners(t, n, "podman stop again", onAll("tcp", 18083))
 	stop()
 	expectListeners(t, n, "podman's service ended")
 	p.serve(t)
