@@ -44,8 +44,12 @@ func TestPublishCLI(t *testing.T) {
 		if p := portAt(t, e, 18082); p.Spec.Proto != "tcp" || p.Spec.ChildPort != enginePort || len(p.Listens) != 2 || p.Owner == "" {
 			t.Errorf("listed as %+v", p)
 		}
-		// Nobody minds what is there already.
-		e.publish(t, "18082:81")
+		// Nobody minds what is there already, also with -p.
+		before := readPorts(t, e)
+		e.publish(t, "18082:81", "18080:81", "127.0.0.1:18081:81/udp")
+		if after := readPorts(t, e); len(after) != len(before) {
+			t.Errorf("added twice: %v, before %v", after, before)
+		}
 
 		e.withdraw(t, "18082:81", fmt.Sprint(portAt(t, e, 18083).ID), "18084:81/udp", "18080:81", "127.0.0.1:18081:81/udp", "18090-18092:81-83")
 		expectListeners(t, n, "after ports rm")

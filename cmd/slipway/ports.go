@@ -147,8 +147,8 @@ func newPortsAdd() *cobra.Command {
 		Short: "Publish ports of the guest on this host",
 		Long: "Publish ports. They listen when the command ends, and are printed with the ports that were\n" +
 			"chosen for 0. Each port of a range is published by itself: when one cannot be, the others are,\n" +
-			"and the exit status is 125. What was added already is no error; to change a port, or to take one\n" +
-			"that is published otherwise, withdraw it first. ENGINE may be left out when only one is running.\n" +
+			"and the exit status is 125. What was added already, or is configured, is no error; to change a\n" +
+			"port, or to take one that is published otherwise, withdraw it first. ENGINE may be left out when only one is running.\n" +
 			"slipway ports --help says what a SPEC is.",
 		Example: "  slipway ports add web 8080:80 127.0.0.1:5353:53/udp\n  slipway ports add web 0:[fd00::2]:80 --json",
 		Args:    words(1, -1, "SPEC"), ValidArgsFunction: completeEngine,

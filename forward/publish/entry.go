@@ -26,7 +26,6 @@ type portKey struct {
 
 // entry is a Port from its reservation until its sockets are closed.
 type entry struct {
-	owner  string
 	asked  flow.PortSpec    // normalized
 	source flow.Source      // effective
 	claims []netip.AddrPort // where it is to listen, with the port as asked
@@ -36,9 +35,27 @@ type entry struct {
 	busy chan struct{}
 	gone bool // closed, or never opened; nothing in the Book knows it any more
 
+	// askers are those who want it, the first one first. Guarded by Book.mu, and constant
+	// while the entry is busy. There is always one.
+	askers []asker
+
 	port    *Port
 	sockets []socket
 	closers []io.Closer
+}
+
+// asker is an owner, and how it asked.
+type asker struct {
+	owner string
+	asked flow.PortSpec // normalized
+}
+
+// owner is the first who wants it.
+func (e *entry) owner() string { return e.askers[0].owner }
+
+// has reports whether owner wants it.
+func (e *entry) has(owner string) bool {
+	return slices.ContainsFunc(e.askers, func(a asker) bool { return a.owner == owner })
 }
 
 // reserve returns the entry that owner has for asked, or a new one that is busy.
@@ -51,6 +68,7 @@ func (b *Book) reserve(owner string, asked flow.PortSpec) (e *entry, found bool,
 		}
 		if e := b.ownLocked(owner, asked); e != nil {
 			if !b.waitLocked(e) {
+				b.joinLocked(e, owner, asked)
 				return e, true, nil
 			}
 			continue
@@ -82,17 +100,46 @@ func (b *Book) waitLocked(e *entry) bool {
 	return true
 }
 
-// ownLocked returns the owner's entry that asked means.
+// ownLocked returns the entry that asked means, of the owner or of somebody who shares
+// with it.
 func (b *Book) ownLocked(owner string, asked flow.PortSpec) *entry {
 	if e := b.owners[owner][asked]; e != nil {
 		return e
 	}
 	for _, e := range b.taken[portKey{asked.Proto, asked.Host.Port()}] {
-		if e.owner == owner && e.busy == nil && e.means(asked) {
+		if (e.has(owner) || b.together(e, owner)) && e.busy == nil && e.means(asked) {
 			return e
 		}
 	}
 	return nil
+}
+
+// together reports whether owner shares what e is.
+func (b *Book) together(e *entry, owner string) bool {
+	return slices.Contains(b.cfg.Together, owner) && slices.Contains(b.cfg.Together, e.owner())
+}
+
+// joinLocked has owner be one of those who want e, which is not busy.
+func (b *Book) joinLocked(e *entry, owner string, asked flow.PortSpec) {
+	if !e.has(owner) {
+		b.askLocked(e, owner, asked)
+	}
+}
+
+func (b *Book) askLocked(e *entry, owner string, asked flow.PortSpec) {
+	e.askers = append(e.askers, asker{owner, asked})
+	if b.owners[owner] == nil {
+		b.owners[owner] = make(map[flow.PortSpec]*entry)
+	}
+	b.owners[owner][asked] = e
+}
+
+// leaveLocked undoes askLocked.
+func (b *Book) leaveLocked(a asker) {
+	delete(b.owners[a.owner], a.asked)
+	if len(b.owners[a.owner]) == 0 {
+		delete(b.owners, a.owner)
+	}
 }
 
 // conflictLocked returns an entry that listens where claims are, one that does not
@@ -118,7 +165,7 @@ func (b *Book) conflictLocked(owner string, proto flow.Proto, claims []netip.Add
 
 // yields reports whether e gives way to owner.
 func (b *Book) yields(e *entry, owner string) bool {
-	return b.cfg.Yields != "" && e.owner == b.cfg.Yields && owner != e.owner
+	return b.cfg.Yields != "" && e.owner() == b.cfg.Yields && owner != b.cfg.Yields
 }
 
 // yieldLocked withdraws e if it gives way to owner. The lock is not held meanwhile.
@@ -134,11 +181,8 @@ func (b *Book) enterLocked(owner string, asked flow.PortSpec, claims []netip.Add
 	if b.socks+len(claims) > b.maxSocks {
 		return nil, &limitError{asked, fmt.Sprintf("%d sockets are a quarter of the limit of descriptors", b.socks), hintFiles}
 	}
-	e := &entry{owner: owner, asked: asked, source: cmp.Or(asked.Source, b.rules.source), claims: claims, busy: make(chan struct{})}
-	if b.owners[owner] == nil {
-		b.owners[owner] = make(map[flow.PortSpec]*entry)
-	}
-	b.owners[owner][asked] = e
+	e := &entry{asked: asked, source: cmp.Or(asked.Source, b.rules.source), claims: claims, busy: make(chan struct{})}
+	b.askLocked(e, owner, asked)
 	b.ports++
 	b.socks += len(claims)
 	if port := asked.Host.Port(); port != 0 {
@@ -177,9 +221,8 @@ func (b *Book) forgetLocked(e *entry) {
 	e.gone = true
 	b.ports--
 	b.socks -= len(e.claims)
-	delete(b.owners[e.owner], e.asked)
-	if len(b.owners[e.owner]) == 0 {
-		delete(b.owners, e.owner)
+	for _, a := range e.askers {
+		b.leaveLocked(a)
 	}
 	port := e.asked.Host.Port()
 	if e.port != nil {
@@ -190,6 +233,26 @@ func (b *Book) forgetLocked(e *entry) {
 	if len(b.taken[k]) == 0 {
 		delete(b.taken, k)
 	}
+}
+
+// release has owner give up e once it is not busy, and reports whether there was
+// something to give up. It is withdrawn when nobody else wants it.
+func (b *Book) release(e *entry, owner string) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for b.waitLocked(e) {
+	}
+	i := slices.IndexFunc(e.askers, func(a asker) bool { return a.owner == owner })
+	if e.gone || i < 0 {
+		return false
+	}
+	if len(e.askers) == 1 {
+		return b.dropLocked(e)
+	}
+	b.leaveLocked(e.askers[i])
+	e.askers = slices.Delete(e.askers, i, i+1)
+	e.port.owner.Store(e.owner())
+	return true
 }
 
 // drop withdraws e once it is not busy, and reports whether it was there to withdraw.
@@ -211,7 +274,7 @@ func (b *Book) dropLocked(e *entry) bool {
 	delete(b.byID, e.port.ID)
 	b.mu.Unlock()
 	e.close()
-	b.cfg.Log.Debug("withdrawn", "port", e.port.Spec, "owner", e.owner)
+	b.cfg.Log.Debug("withdrawn", "port", e.port.Spec, "owner", e.owner())
 	b.mu.Lock()
 	b.forgetLocked(e)
 	b.restLocked(e)

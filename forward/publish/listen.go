@@ -47,7 +47,7 @@ func (b *Book) open(e *entry) (err error) {
 		return err
 	}
 	if len(e.sockets) == 0 {
-		b.cfg.Log.Info("published without a listener: the host has no such addresses", "port", e.asked, "owner", e.owner)
+		b.cfg.Log.Info("published without a listener: the host has no such addresses", "port", e.asked, "owner", e.owner())
 	}
 	e.port = b.describe(e)
 	for _, s := range e.sockets {
@@ -75,10 +75,11 @@ func (e *entry) close() {
 // describe makes the Port of e, whose sockets listen.
 func (b *Book) describe(e *entry) *Port {
 	p := &Port{
-		ID: b.lastID.Add(1), Owner: e.owner, Spec: e.asked, Since: time.Now(), asked: e.asked,
+		ID: b.lastID.Add(1), Spec: e.asked, Since: time.Now(), asked: e.asked,
 		guest4: b.cfg.Guest4, guest6: b.cfg.Guest6,
 		Wildcard: wildcard(e.asked),
 	}
+	p.owner.Store(e.owner())
 	for _, s := range e.sockets {
 		p.Listens = append(p.Listens, s.at)
 		p.dual = p.dual || s.dual
@@ -196,7 +197,7 @@ func reason(err error) error {
 }
 
 // explain makes of what failed for e the error that Add returns.
-func (b *Book) explain(e *entry, err error) error {
+func (b *Book) explain(e *entry, owner string, err error) error {
 	failed := new(listenError)
 	if !errors.As(err, &failed) {
 		return err
@@ -209,7 +210,7 @@ func (b *Book) explain(e *entry, err error) error {
 	}
 	switch {
 	case errors.Is(err, errInUse):
-		return b.inUse(e.owner, spec)
+		return b.inUse(owner, spec)
 	case errors.Is(err, errNoAddress):
 		return &SpecError{spec, fmt.Sprintf("%v is not an address of this host", failed.at.Addr())}
 	case errors.Is(err, errNoFamily):
@@ -227,13 +228,20 @@ func (b *Book) inUse(owner string, spec flow.PortSpec) error {
 	if spec.Host.Port() == 0 {
 		return &limitError{spec, "the host has no free port", ""}
 	}
-	b.mu.Lock()
-	own := b.conflictLocked(owner, spec.Proto, []netip.AddrPort{spec.Host})
-	b.mu.Unlock()
-	if own != nil {
-		return own.conflict(spec, []netip.AddrPort{spec.Host})
+	if err := b.inUseHere(owner, spec); err != nil {
+		return err
 	}
 	return &ConflictError{spec, b.holders.find(spec.Proto, spec.Host), "stop what has it, or publish another host port (0: any)"}
+}
+
+// inUseHere is inUse where the holder is one of the Book's own ports, else nil.
+func (b *Book) inUseHere(owner string, spec flow.PortSpec) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if e := b.conflictLocked(owner, spec.Proto, []netip.AddrPort{spec.Host}); e != nil {
+		return e.conflict(spec, []netip.AddrPort{spec.Host})
+	}
+	return nil
 }
 
 // conflict is the error of somebody who asked for what e has.
@@ -242,7 +250,7 @@ func (e *entry) conflict(asked flow.PortSpec, claims []netip.AddrPort) error {
 		return slices.ContainsFunc(e.claims, func(d netip.AddrPort) bool { return Overlap(c.Addr(), d.Addr()) })
 	})
 	asked.Host = claims[max(i, 0)]
-	return &ConflictError{asked, Published{e.asked, e.owner},
+	return &ConflictError{asked, Published{e.asked, e.owner()},
 		"slipway ports ls shows it, slipway ports rm withdraws it"}
 }
 

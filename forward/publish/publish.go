@@ -6,7 +6,7 @@
 // one who makes the Book, moves the bytes of the clients that arrive on them. Owners
 // (the command line, an engine's API, one connection of docker-proxy's) do not see
 // each other's ports: asking again for what one has is no error, asking for what
-// another has is one.
+// another has is one, unless both are one person.
 package publish
 
 import (
@@ -47,6 +47,10 @@ type Config struct {
 	// see what dockerd listens on before docker-proxy asks for the port. "" is nobody.
 	Yields string
 
+	// Together are owners who are one person: what one of them has, the others may ask
+	// for, too. It is withdrawn when all who asked have given it up, or by Remove.
+	Together []string
+
 	// Max is how many ports there may be; 0 stands for 16384. Whatever it is, the
 	// sockets are never more than a quarter of the process' limit of descriptors.
 	Max int
@@ -76,10 +80,9 @@ type Carrier interface {
 	ServeUDP(c *net.UDPConn, p *Port) (io.Closer, error)
 }
 
-// Port is one published port. All but its Stats is constant.
+// Port is one published port. All but its Owner and Stats is constant.
 type Port struct {
-	ID    uint64 // never used twice by one Book
-	Owner string // who asked
+	ID uint64 // never used twice by one Book
 
 	// Spec is what was asked for, with what was left open filled in: the port the
 	// host chose, the engine's own address (the IPv4 one where clients of both
@@ -98,6 +101,7 @@ type Port struct {
 
 	Stats Stats // the Carrier counts
 
+	owner          atomic.Value  // of string
 	asked          flow.PortSpec // as it came, normalized
 	guest4, guest6 netip.Addr
 	dual           bool // one inherited socket for both families
@@ -111,6 +115,9 @@ type Stats struct {
 	Dropped atomic.Uint64 // datagrams that were lost here
 	Errors  atomic.Uint64 // failed accepts and reads
 }
+
+// Owner is who asked for it, and of several who still want it the first.
+func (p *Port) Owner() string { return p.owner.Load().(string) }
 
 // GuestFor returns what the clients of one of the Listens reach: the engine's
 // address of their family where the PortSpec named none.
@@ -190,7 +197,7 @@ func (b *Book) Update(bind string, allowed func(port uint16) bool, source flow.S
 }
 
 // Add publishes a port for an owner and returns it once it is listening. What the
-// owner has already is returned as it is. Errors are a *SpecError, *PolicyError or
+// owner has already, or shares from now on, is returned as it is. Errors are a *SpecError, *PolicyError or
 // *ConflictError, or wrap ErrTooMany or net.ErrClosed, or are the system's.
 func (b *Book) Add(owner string, s flow.PortSpec) (*Port, error) {
 	asked, err := normalize(s)
@@ -209,13 +216,13 @@ func (b *Book) Add(owner string, s flow.PortSpec) (*Port, error) {
 	}
 	b.settle(e, err == nil)
 	if err != nil {
-		return nil, b.explain(e, err)
+		return nil, b.explain(e, owner, err)
 	}
 	b.cfg.Log.Debug("published", "port", e.port.Spec, "owner", owner, "listens", e.port.Listens)
 	return e.port, nil
 }
 
-// Remove withdraws a port; the error wraps ErrNotFound.
+// Remove withdraws a port, whoever asked for it; the error wraps ErrNotFound.
 func (b *Book) Remove(id uint64) error {
 	b.mu.Lock()
 	e := b.byID[id]
@@ -226,7 +233,7 @@ func (b *Book) Remove(id uint64) error {
 	return nil
 }
 
-// RemoveSpec withdraws the owner's port that s names: by what was asked for, or by
+// RemoveSpec gives up the owner's port that s names: by what was asked for, or by
 // the Spec that Add answered. Protocol, host and guest decide; what s leaves open of
 // the guest's address, Behind, Source and ProxyProtocol does not. The error wraps ErrNotFound.
 func (b *Book) RemoveSpec(owner string, s flow.PortSpec) error {
@@ -234,7 +241,7 @@ func (b *Book) RemoveSpec(owner string, s flow.PortSpec) error {
 	if err != nil {
 		return err
 	}
-	if e := b.find(owner, asked); e == nil || !b.drop(e) {
+	if e := b.find(owner, asked); e == nil || !b.release(e, owner) {
 		return fmt.Errorf("withdraw %v: %w", s, ErrNotFound)
 	}
 	return nil
@@ -254,10 +261,10 @@ func (b *Book) find(owner string, asked flow.PortSpec) *entry {
 	return nil
 }
 
-// RemoveOwner withdraws all ports of an owner, also those it is just asking for.
+// RemoveOwner gives up all ports of an owner, also those it is just asking for.
 func (b *Book) RemoveOwner(owner string) {
 	for _, e := range b.of(owner) {
-		b.drop(e)
+		b.release(e, owner)
 	}
 }
 
@@ -269,7 +276,7 @@ func (b *Book) of(owner string) []*entry {
 }
 
 // Reconcile makes the owner have exactly these ports. Those it has already are
-// not touched; the others are withdrawn before what is missing is published. It returns
+// not touched; the others are given up before what is missing is published. It returns
 // an error for each spec that could not be: the others stand. What is kept for
 // an owner who reconciles is never forgotten, so they should be few.
 func (b *Book) Reconcile(owner string, specs []flow.PortSpec) []error {
@@ -291,7 +298,7 @@ func (b *Book) Reconcile(owner string, specs []flow.PortSpec) []error {
 	}
 	for _, e := range b.of(owner) {
 		if !b.wanted(e, want) {
-			b.drop(e)
+			b.release(e, owner)
 		}
 	}
 	for _, s := range order {
@@ -331,7 +338,7 @@ func (b *Book) List() []*Port {
 func (b *Book) Held(owner string, proto flow.Proto, port uint16) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return slices.ContainsFunc(b.taken[portKey{proto, port}], func(e *entry) bool { return e.owner != owner })
+	return slices.ContainsFunc(b.taken[portKey{proto, port}], func(e *entry) bool { return !e.has(owner) })
 }
 
 // Close withdraws everything; Add fails from now on with net.ErrClosed.

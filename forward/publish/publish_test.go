@@ -53,7 +53,7 @@ func TestAdd(t *testing.T) {
 					t.Errorf("%v tells %q, want %d", l, got, p.ID)
 				}
 			}
-			if p.Spec.Guest.String() != tt.guest || p.Spec.Source != flow.SourcePreserve || p.Wildcard != tt.wildcard || p.Owner != "me" || p.Since.IsZero() {
+			if p.Spec.Guest.String() != tt.guest || p.Spec.Source != flow.SourcePreserve || p.Wildcard != tt.wildcard || p.Owner() != "me" || p.Since.IsZero() {
 				t.Errorf("Add = %+v; want guest %s, wildcard %v", p, tt.guest, tt.wildcard)
 			}
 			b.Close()
@@ -454,6 +454,57 @@ func TestRemoveOwner(t *testing.T) {
 	}
 }
 
+// Two owners who are one person may ask for the same port. It stays until both have given
+// it up, and its owner is the first who has not.
+func TestTogether(t *testing.T) {
+	b, c := newBook(t, Config{Together: []string{"file", "hand"}})
+	expect := func(after, owner string) {
+		t.Helper()
+		l := b.List()
+		if owner == "" && len(l)+c.isOpen() != 0 || owner != "" && (len(l) != 1 || l[0].Owner() != owner) {
+			t.Errorf("%s: ports %v with %d sockets, want one of %q", after, l, c.isOpen(), owner)
+		}
+	}
+	p := add(t, b, "file", spec(t, "127.0.0.1:0:80"))
+	s := at(spec(t, "127.0.0.1:1:80"), p.Spec.Host.Port())
+	if again := add(t, b, "hand", s); again != p {
+		t.Errorf("Add of another of them = %v, want %v", again, p)
+	}
+	add(t, b, "hand", p.Spec) // in the words that Add answered
+	expect("both", "file")
+	if b.Held("hand", flow.TCP, s.Host.Port()) || b.Held("file", flow.TCP, s.Host.Port()) {
+		t.Error("what one has himself is held by somebody else")
+	}
+
+	var conflict *ConflictError
+	for _, other := range []flow.PortSpec{at(spec(t, "1:80"), s.Host.Port()), at(spec(t, "127.0.0.1:1:81"), s.Host.Port())} {
+		if _, err := b.Add("hand", other); !errors.As(err, &conflict) {
+			t.Errorf("%v in another way: %v", other, err)
+		}
+	}
+	if _, err := b.Add("you", s); !errors.As(err, &conflict) {
+		t.Errorf("somebody else's: %v", err)
+	}
+
+	b.Reconcile("file", nil)
+	expect("the file has given it up", "hand")
+	b.Reconcile("file", []flow.PortSpec{s})
+	expect("the file has it again", "hand")
+	b.RemoveSpec("hand", s)
+	expect("the hand has given it up", "file")
+	b.Reconcile("file", []flow.PortSpec{s})
+	expect("the file as before", "file")
+	add(t, b, "hand", s)
+	if err := b.Remove(p.ID); err != nil {
+		t.Error(err)
+	}
+	expect("Remove", "")
+	add(t, b, "hand", s)
+	expect("again by hand", "hand")
+	b.Close()
+	expect("Close", "")
+}
+
 // Who withdraws while a port is being opened waits for it and withdraws it, too.
 func TestRemoveWhileOpening(t *testing.T) {
 	for name, remove := range map[string]func(*Book, flow.PortSpec){
@@ -522,7 +573,7 @@ func TestAddAtOnce(t *testing.T) {
 func TestWaitsForOneThatFails(t *testing.T) {
 	hold := make(chan struct{})
 	b, _ := newBook(t, Config{Carrier: &teller{hold: hold, fail: func(p *Port) error {
-		if p.Owner == "one" {
+		if p.Owner() == "one" {
 			return errors.New("no room")
 		}
 		return nil
@@ -538,7 +589,7 @@ func TestWaitsForOneThatFails(t *testing.T) {
 	wg.Go(func() { add(t, b, "two", s) })
 	close(hold)
 	wg.Wait()
-	if l := b.List(); len(l) != 1 || l[0].Owner != "two" {
+	if l := b.List(); len(l) != 1 || l[0].Owner() != "two" {
 		t.Errorf("ports %v, want one of two", l)
 	}
 }
@@ -573,7 +624,7 @@ func TestReconcile(t *testing.T) {
 	byGuest := func() map[uint16]*Port {
 		all := make(map[uint16]*Port)
 		for _, p := range b.List() {
-			if p.Owner == "me" {
+			if p.Owner() == "me" {
 				all[p.Spec.Guest.Port()] = p
 			}
 		}
@@ -691,7 +742,7 @@ func TestConcurrent(t *testing.T) {
 				case errors.As(err, &conflict):
 				case err != nil:
 					t.Error(err)
-				case p.Owner != owner || p.Spec.Host != s.Host:
+				case p.Owner() != owner || p.Spec.Host != s.Host:
 					t.Errorf("Add(%s, %v) = %+v", owner, s, p)
 				}
 				switch n % 4 {

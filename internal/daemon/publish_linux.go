@@ -26,7 +26,8 @@ import (
 // needs to get into the guest. Whoever wants ports published is an owner of the book:
 //
 //	config          publish of the configuration and -p; they have to work, or the engine does not start
-//	api             `slipway ports add` and other clients of the control API, until removed
+//	api             `slipway ports add` and other clients of the control API, until removed;
+//	                they and the configuration are one person, who may ask twice
 //	guest:...       one connection of guest.sock, for as long as it lasts
 //	docker          what runs in the engine, by its API
 //	auto            what listens in the guest
@@ -51,6 +52,7 @@ func (e *engine) openBook(s *services) {
 		Bind:    e.cfg.PublishBind, Allowed: e.cfg.PublishPorts.Allows, Source: e.cfg.SourceIP,
 		Inside:    e.doors.inside,
 		Yields:    ownerAuto,
+		Together:  []string{ownerConfig, api.OwnerAPI},
 		Inherited: e.passedOn,
 		Log:       e.log.With(slog.String("component", "publish")),
 	})
@@ -165,8 +167,8 @@ func (b backend) Ports(ctx context.Context) []api.Port {
 	containers := b.containers(ctx)
 	for i, p := range ports {
 		out[i] = b.portOfBook(p)
-		if out[i].Container = containers(p.Owner, p.Spec); out[i].Container == "" {
-			_, out[i].Program = processOf(p.Owner)
+		if out[i].Container = containers(p.Owner(), p.Spec); out[i].Container == "" {
+			_, out[i].Program = processOf(p.Owner())
 		}
 	}
 	return out
@@ -196,7 +198,7 @@ func (e *engine) portOfBook(p *publish.Port) api.Port {
 		listens = p.Listens[0].Addr()
 	}
 	return api.Port{
-		ID: p.ID, Spec: api.SpecOf(p.Spec), Owner: p.Owner, Since: p.Since, Listens: list(p.Listens),
+		ID: p.ID, Spec: api.SpecOf(p.Spec), Owner: p.Owner(), Since: p.Since, Listens: list(p.Listens),
 		Counters: api.PortCounters{
 			Clients: p.Stats.Clients.Load(), Refused: p.Stats.Refused.Load(), Gateway: p.Stats.Gateway.Load(),
 			Dropped: p.Stats.Dropped.Load(), Errors: p.Stats.Errors.Load(),
