@@ -29,10 +29,39 @@ func (k key) set(s *Settings, v any) error {
 	if err == nil {
 		return nil
 	}
-	if errors.Is(err, errNotAllowed) {
-		return fmt.Errorf("%s: %s is not allowed: must be %s", k.name, show(v), k.allowed)
+	return inElement(err, func(err error) error {
+		if errors.Is(err, errNotAllowed) {
+			return fmt.Errorf("%s: %s is not allowed: must be %s", k.name, show(elementOf(v, err)), k.allowed)
+		}
+		return fmt.Errorf("%s: %w: must be %s", k.name, err, k.allowed)
+	})
+}
+
+// elementError is what is wrong with one element of a list.
+type elementError struct {
+	n   int // from 0
+	err error
+}
+
+func (e *elementError) Error() string { return e.err.Error() }
+func (e *elementError) Unwrap() error { return e.err }
+
+// inElement says err in other words, about the same element if it is about one.
+func inElement(err error, say func(error) error) error {
+	if in := (*elementError)(nil); errors.As(err, &in) {
+		return &elementError{in.n, say(err)}
 	}
-	return fmt.Errorf("%s: %w: must be %s", k.name, err, k.allowed)
+	return say(err)
+}
+
+// elementOf is what err is about: an element of the list v, or all of v.
+func elementOf(v any, err error) any {
+	if in := (*elementError)(nil); errors.As(err, &in) {
+		if list, ok := v.([]any); ok && in.n < len(list) {
+			return list[in.n]
+		}
+	}
+	return v
 }
 
 // errNotAllowed stands for "not in the range that the key names".
@@ -215,7 +244,7 @@ func words(v any) ([]string, error) {
 		case int64:
 			out[i] = strconv.FormatInt(e, 10)
 		default:
-			return nil, errNotAllowed
+			return nil, &elementError{i, errNotAllowed}
 		}
 	}
 	return out, nil
@@ -227,7 +256,7 @@ func setIsolate(s *Settings, v any) error {
 		return err
 	}
 	var mount, pid bool
-	for _, w := range list {
+	for i, w := range list {
 		switch strings.TrimSpace(w) {
 		case "net":
 		case "mount":
@@ -235,7 +264,7 @@ func setIsolate(s *Settings, v any) error {
 		case "pid":
 			pid = true
 		default:
-			return errNotAllowed
+			return &elementError{i, errNotAllowed}
 		}
 	}
 	s.IsolateMount, s.IsolatePID = mount, pid
@@ -264,6 +293,9 @@ func setPortSet(to *PortSet, v any) error {
 		return nil
 	}
 	set, err := ParsePortSet(strings.Join(list, ","))
+	if i := slices.IndexFunc(list, noPorts); err != nil && i >= 0 {
+		return &elementError{i, err}
+	}
 	if err != nil {
 		return err
 	}

@@ -237,12 +237,12 @@ func (r *reader) set(own *engine, name string, e *unstable.Node) {
 		if k, ok := lookup(name); ok {
 			text += ": must be " + k.allowed
 		}
-		r.add(r.valuePosition(e), text)
+		r.add(r.badPosition(e, err), text)
 		return
 	}
 	if own != nil && slices.Contains(ownKeys, name) {
 		if err := own.set(name, v); err != nil {
-			r.add(r.valuePosition(e), err.Error())
+			r.add(r.badPosition(e, err), err.Error())
 		}
 		own.sources[name] = r.source(e)
 		return
@@ -254,7 +254,7 @@ func (r *reader) set(own *engine, name string, e *unstable.Node) {
 	}
 	s := defaultSettings()
 	if err := k.set(&s, v); err != nil {
-		r.add(r.valuePosition(e), err.Error())
+		r.add(r.badPosition(e, err), err.Error())
 		return
 	}
 	to := r.config.base
@@ -305,14 +305,21 @@ func (own *engine) set(name string, v any) error {
 		own.directory = dir
 		return nil
 	}
-	list, ok := v.([]any)
-	for _, e := range list {
-		word, isString := e.(string)
-		ok = ok && isString && !strings.Contains(word, "\x00")
-		own.command = append(own.command, word)
+	return own.setCommand(v)
+}
+
+func (own *engine) setCommand(v any) error {
+	const must = "must be a list of a program and its arguments"
+	list, _ := v.([]any)
+	if len(list) == 0 {
+		return fmt.Errorf("command: %s is not allowed: %s", show(v), must)
 	}
-	if !ok || len(list) == 0 || own.command[0] == "" {
-		return fmt.Errorf("command: %s is not allowed: must be a list of a program and its arguments", show(v))
+	for i, e := range list {
+		word, isString := e.(string)
+		if !isString || strings.Contains(word, "\x00") || i == 0 && word == "" {
+			return &elementError{i, fmt.Errorf("command: %s is not allowed: %s", show(e), must)}
+		}
+		own.command = append(own.command, word)
 	}
 	return nil
 }
@@ -368,6 +375,26 @@ func (r *reader) valuePosition(e *unstable.Node) unstable.Range {
 	return position(e)
 }
 
+// badPosition is where that of a node's value starts which err is about: an element of a
+// list, or all of it.
+func (r *reader) badPosition(e *unstable.Node, err error) unstable.Range {
+	in := (*elementError)(nil)
+	if !errors.As(err, &in) || e.Value().Kind != unstable.Array {
+		return r.valuePosition(e)
+	}
+	n := 0
+	for it := e.Value().Children(); it.Next(); {
+		if it.Node().Kind == unstable.Comment {
+			continue
+		}
+		if raw := it.Node().Raw; n == in.n && raw.Length > 0 {
+			return raw
+		}
+		n++
+	}
+	return r.valuePosition(e)
+}
+
 // valueOf returns a string, int64, bool or []any of these.
 func valueOf(n *unstable.Node) (any, error) {
 	switch n.Kind {
@@ -385,7 +412,7 @@ func valueOf(n *unstable.Node) (any, error) {
 			}
 			v, err := valueOf(it.Node())
 			if err != nil {
-				return nil, err
+				return nil, &elementError{len(list), err}
 			}
 			list = append(list, v)
 		}

@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -79,6 +80,14 @@ func ParsePortSet(s string) (PortSet, error) {
 		set.Ports = append(set.Ports, p)
 	}
 	return set, nil
+}
+
+// noPorts reports whether a word of a list has something that is no port or range.
+func noPorts(w string) bool {
+	return slices.ContainsFunc(strings.Split(w, ","), func(s string) bool {
+		_, err := parsePorts(strings.TrimSpace(s))
+		return err != nil
+	})
 }
 
 // parsePorts parses "80" or "8000-8010".

@@ -22,31 +22,36 @@ func setPublish(to *[]flow.PortSpec, v any) error {
 		return err
 	}
 	var all []flow.PortSpec
-	for _, w := range list {
+	have := make(hostPorts)
+	for i, w := range list {
 		specs, err := flow.ParsePorts(strings.TrimSpace(w))
+		if err == nil && len(all)+len(specs) > maxPublish {
+			err = fmt.Errorf("there are more than %d ports", maxPublish)
+		}
+		if err == nil {
+			err = have.add(specs)
+		}
 		if err != nil {
-			return err
+			return &elementError{i, err}
 		}
-		if all = append(all, specs...); len(all) > maxPublish {
-			return fmt.Errorf("there are more than %d ports", maxPublish)
-		}
-	}
-	if err := checkTwice(all); err != nil {
-		return err
+		all = append(all, specs...)
 	}
 	*to = all
 	return nil
 }
 
-// checkTwice says which port of the host is asked for twice, for that can never work.
-func checkTwice(specs []flow.PortSpec) error {
-	type port struct {
-		proto flow.Proto
-		port  uint16
-	}
-	have := make(map[port][]netip.Addr, len(specs))
+// hostPorts are ports of the host that are asked for, with their addresses.
+type hostPorts map[hostPort][]netip.Addr
+
+type hostPort struct {
+	proto flow.Proto
+	port  uint16
+}
+
+// add says which port is asked for twice, for that can never work.
+func (have hostPorts) add(specs []flow.PortSpec) error {
 	for _, s := range specs {
-		p := port{s.Proto, s.Host.Port()}
+		p := hostPort{s.Proto, s.Host.Port()}
 		if p.port == 0 {
 			continue
 		}
