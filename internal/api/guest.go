@@ -1,8 +1,6 @@
 package api
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -29,7 +27,8 @@ import (
 //
 // with SPEC and PORT as on the control socket. Answers come in the order of the
 // requests. A line that is no request gets an error, and the connection goes on; after
-// one that is too long, or when the peer is refused, it ends.
+// one that is too long, or when the peer is refused, it ends. What an engine can make us
+// hold for lines that it does not end is bounded (lines.go).
 //
 // A connection is a lease: when it ends, for whatever reason, its ports are withdrawn.
 // So nothing stays published for a process that has gone. The end of the client's
@@ -66,6 +65,7 @@ type GuestServer struct {
 	refused rate.Sometimes
 
 	patience time.Duration // patience, except in tests
+	long     longLines
 
 	mu     sync.Mutex // guards the fields below
 	leases map[*lease]struct{}
@@ -157,26 +157,17 @@ func (s *GuestServer) end(l *lease) {
 
 // requests answers until the connection ends.
 func (s *GuestServer) requests(ctx context.Context, l *lease) {
-	in := bufio.NewScanner(l.conn)
-	in.Buffer(make([]byte, 0, 512), maxSpec) // 4096 of them may stay open
-	in.Split(wholeLines)
-	for in.Scan() {
-		if !s.answer(l.conn, s.request(ctx, l, in.Bytes())) {
+	in := newLines(l.conn, &s.long)
+	defer in.close()
+	for {
+		line, err := in.next()
+		if refused := (*Error)(nil); errors.As(err, &refused) {
+			s.answer(l.conn, guestFailure(refused))
+		}
+		if err != nil || !s.answer(l.conn, s.request(ctx, l, line)) {
 			return
 		}
 	}
-	if errors.Is(in.Err(), bufio.ErrTooLong) {
-		s.answer(l.conn, guestFailure(invalid("read request: longer than %d bytes", maxSpec)))
-	}
-}
-
-// wholeLines is a bufio.SplitFunc. A line without an end was not said to the end, and is
-// none.
-func wholeLines(b []byte, _ bool) (int, []byte, error) {
-	if i := bytes.IndexByte(b, '\n'); i >= 0 {
-		return i + 1, b[:i], nil
-	}
-	return 0, nil, nil
 }
 
 // guestReply is what the server says; one of the fields is set.

@@ -205,8 +205,10 @@ func TestGuestLines(t *testing.T) {
 		{"several in one write", publish + "\n" + `{"withdraw":999}` + "\nhello\n\n" + publish + "\n",
 			[]string{`{"port":{"id":`, `{"error":"withdraw port 999: it is none of this connection","status":404}`, `{"error":"read request: invalid`, `{"error":"read request: unexpected end`, `{"port":{"id":`}},
 		{"no end of line", publish, nil},
-		{"longest line", publish + strings.Repeat(" ", maxSpec-len(publish)-2) + "\n", []string{`{"port":`}},
-		{"too long", publish + "\n" + strings.Repeat("x", maxSpec+1) + "\n" + publish + "\n", []string{`{"port":`, `{"error":"read request: longer than 65536 bytes","status":400}`}},
+		{"longest line", publish + strings.Repeat(" ", maxLine-len(publish)-1) + "\n", []string{`{"port":`}},
+		{"too long", publish + "\n" + strings.Repeat("x", maxLine) + "\n" + publish + "\n", []string{`{"port":`, `{"error":"read request: longer than 4096 bytes","status":400}`}},
+		{"long and short", publish + strings.Repeat(" ", shortLine) + "\n" + publish + "\n" + publish + strings.Repeat(" ", 2*shortLine) + "\n" + publish + "\n",
+			[]string{`{"port":`, `{"port":`, `{"port":`, `{"port":`}},
 		{"endless", strings.Repeat("x", 1<<20), []string{`{"error":"read request: longer`}},
 	}
 	for _, tt := range tests {
@@ -276,6 +278,50 @@ func TestGuestLimit(t *testing.T) {
 	if _, err := dialGuest(t, path).Publish(spec(t, "1:80")); err != nil {
 		t.Errorf("when all others have ended: %v", err)
 	}
+}
+
+// What connections can make the daemon hold, with lines that they do not end, is little:
+// few of them may be long, and who has ended one holds nothing.
+func TestGuestLongLines(t *testing.T) {
+	s := NewGuestServer(new(guests), nil)
+	path := listen(t, s.Serve)
+	amid := func(n int) {
+		t.Helper()
+		count := func() int { s.long.mu.Lock(); defer s.long.mu.Unlock(); return s.long.n }
+		for until := time.Now().Add(10 * time.Second); count() != n; time.Sleep(time.Millisecond) {
+			if time.Now().After(until) {
+				t.Fatalf("%d long lines, want %d", count(), n)
+			}
+		}
+	}
+	const publish = `{"publish":{"proto":"tcp","parentPort":80}}`
+	var held []net.Conn
+	for range maxLong {
+		c, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		io.WriteString(c, publish+strings.Repeat(" ", maxLine-len(publish)-1))
+		held = append(held, c)
+	}
+	amid(maxLong)
+	const want = `{"error":"read request: 256 others are longer than 512 bytes, too","status":503}`
+	if got := talk(t, path, strings.Repeat(" ", shortLine+1)); len(got) != 1 || got[0] != want {
+		t.Errorf("one more: %q, want %s", got, want)
+	}
+	if got := talk(t, path, publish+strings.Repeat(" ", shortLine-len(publish)-1)+"\n"); len(got) != 1 || !strings.HasPrefix(got[0], `{"port"`) {
+		t.Errorf("a short one: %q", got)
+	}
+	io.WriteString(held[0], "\n")
+	if line, err := bufio.NewReader(held[0]).ReadString('\n'); err != nil || !strings.HasPrefix(line, `{"port"`) {
+		t.Errorf("the end of a long one: %q, %v", line, err)
+	}
+	amid(maxLong - 1) // although its connection is there
+	for _, c := range held[1:] {
+		c.Close()
+	}
+	amid(0)
 }
 
 // engineOf starts a shell in namespaces of its own. run has it run the test binary,

@@ -16,7 +16,7 @@ import (
 // OwnerAPI owns the ports that were asked for on the control socket.
 const OwnerAPI = "api"
 
-// maxSpec is how many bytes a request for one port may have, here and on guest.sock.
+// maxSpec is how many bytes a request for one port may have.
 const maxSpec = 64 << 10
 
 func (s *Server) info(w http.ResponseWriter, _ *http.Request) { reply(w, s.backend.Info()) }
