@@ -8,7 +8,7 @@ VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo 
 BIN         := bin/slipway
 TESTS       ?= ./...
 
-.PHONY: help run test test-long build lint bench man install
+.PHONY: help run test test-long build lint bench man install uninstall
 .PHONY: $(BIN)
 
 help: ## print this list
@@ -40,15 +40,23 @@ bench: ## measure slipway beside its peers and write docs/benchmarks.md; root, a
 	@$(GO) run ./test/bench
 
 man: build ## write the manual pages below bin/man
-	@rm -rf bin/man && $(BIN) man bin/man
+	@rm -rf bin/man && $(BIN) man bin/man docs/configuration.md
 
-install: build ## copy the binary, systemd unit, manual pages and shell completions below PREFIX (/usr/local), DESTDIR in front
+install: build ## copy the binary, systemd unit, manual pages, documents and shell completions below PREFIX (/usr/local), DESTDIR in front
 	install -D -m 0755 $(BIN) $(DESTDIR)$(PREFIX)/bin/slipway
 	ln -sfn slipway $(DESTDIR)$(PREFIX)/bin/slipway-docker-proxy
 	install -D -m 0644 packaging/slipway@.service $(DESTDIR)$(PREFIX)/lib/systemd/system/slipway@.service
 	sed -i 's|/usr/local/bin/|$(PREFIX)/bin/|' $(DESTDIR)$(PREFIX)/lib/systemd/system/slipway@.service
-	$(BIN) man $(DESTDIR)$(PREFIX)/share/man/man1
+	$(BIN) man $(DESTDIR)$(PREFIX)/share/man docs/configuration.md
+	install -d $(DESTDIR)$(PREFIX)/share/doc/slipway && install -m 0644 README.md docs/*.md docs/openapi.yaml $(DESTDIR)$(PREFIX)/share/doc/slipway
 	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
 	$(BIN) completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/slipway
 	$(BIN) completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_slipway
 	$(BIN) completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/slipway.fish
+
+uninstall: ## remove what install has put below PREFIX; engines' data and /etc/slipway stay
+	rm -f $(DESTDIR)$(PREFIX)/bin/slipway $(DESTDIR)$(PREFIX)/bin/slipway-docker-proxy
+	rm -f $(DESTDIR)$(PREFIX)/lib/systemd/system/slipway@.service
+	rm -f $(DESTDIR)$(PREFIX)/share/man/man1/slipway.1 $(DESTDIR)$(PREFIX)/share/man/man1/slipway-*.1 $(DESTDIR)$(PREFIX)/share/man/man5/slipway.toml.5
+	rm -rf $(DESTDIR)$(PREFIX)/share/doc/slipway
+	rm -f $(DESTDIR)$(PREFIX)/share/bash-completion/completions/slipway $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_slipway $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/slipway.fish

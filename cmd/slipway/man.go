@@ -21,12 +21,18 @@ const (
 .I /etc/slipway/slipway.toml
 .TQ
 .I $XDG_CONFIG_HOME/slipway/slipway.toml
-The configuration of root, and of other users.
+The configuration of root, and of other users; see
+.BR slipway.toml (5).
 .TP
 .I /run/slipway/ENGINE/
 .TQ
 .I $XDG_RUNTIME_DIR/slipway/ENGINE/
 What belongs to a running engine: its control sockets, its process id.
+.TP
+.I PREFIX/share/doc/slipway/
+The documents, where
+.B make install
+was given that PREFIX.
 `
 	manStatus = `.SH EXIT STATUS
 The command's own, 128+n if signal n ended it.
@@ -38,15 +44,21 @@ The command's own, 128+n if signal n ended it.
 // newMan is for packagers, and hidden.
 func newMan() *cobra.Command {
 	return &cobra.Command{
-		Use:    "man DIR",
-		Short:  "Write the manual pages into a directory",
-		Args:   words(1, 1, "DIR"),
+		Use:    "man DIR CONFIGURATION.md",
+		Short:  "Write the manual pages into man1 and man5 of a directory",
+		Args:   words(2, 2, "DIR or CONFIGURATION.md"),
 		Hidden: true,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := os.MkdirAll(args[0], 0o755); err != nil {
-				return fmt.Errorf("make directory for manual pages: %w", err)
+			commands, files := filepath.Join(args[0], "man1"), filepath.Join(args[0], "man5")
+			for _, dir := range []string{commands, files} {
+				if err := os.MkdirAll(dir, 0o755); err != nil {
+					return fmt.Errorf("make directory for manual pages: %w", err)
+				}
 			}
-			return writeManual(args[0], cmd.Root())
+			if err := writeConfigPage(files, args[1]); err != nil {
+				return err
+			}
+			return writeManual(commands, cmd.Root())
 		},
 	}
 }
@@ -172,9 +184,8 @@ func troffBlock(s string) string {
 // troff has s mean itself: nothing in it is an escape, a hyphen that may be broken at, or a
 // request.
 func troff(s string) string {
-	s = strings.NewReplacer(`\`, `\e`, "-", `\-`, "\n", " ").Replace(s)
-	if strings.HasPrefix(s, ".") || strings.HasPrefix(s, "'") {
-		s = `\&` + s
-	}
-	return s
+	return atStart(escape(strings.ReplaceAll(s, "\n", " ")))
 }
+
+// escape is troff within a line.
+func escape(s string) string { return strings.NewReplacer(`\`, `\e`, "-", `\-`).Replace(s) }

@@ -9,6 +9,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+
+	"github.com/slipway-net/slipway/internal/config"
 )
 
 // Every command has a page, and every flag is in it.
@@ -75,6 +77,43 @@ func formatPages(t *testing.T, files []string) {
 	out, err := exec.Command(groff, append([]string{"-man", "-Tutf8", "-ww", "-z"}, files...)...).CombinedOutput()
 	if err != nil || len(out) > 0 {
 		t.Errorf("%v: %s", err, out)
+	}
+}
+
+// The page of slipway.toml has every setting and nothing of Markdown.
+func TestConfigPage(t *testing.T) {
+	dir := t.TempDir()
+	if err := writeConfigPage(dir, filepath.Join("..", "..", "docs", "configuration.md")); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(dir, "slipway.toml.5")
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	page := string(b)
+	values, err := config.Default().Values("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, v := range values {
+		if want := ".TP\n\\fB" + troff(v.Key) + "\\fR\n"; !strings.Contains(page, want) {
+			t.Errorf("no %q", want)
+		}
+	}
+	for _, want := range []string{".TH SLIPWAY.TOML 5 ", ".SH DESCRIPTION\n", ".SH ONLY FOR AN ENGINE\n", ".TP\n\\fBkind\\fR\n", "default: \\fB\"auto\"\\fR; allowed: \\fB\"auto\"\\fR,", "[engine.web]\n"} {
+		if !strings.Contains(page, want) {
+			t.Errorf("no %q", want)
+		}
+	}
+	for _, bad := range []string{"`", "](", "|", "\n##"} {
+		if strings.Contains(page, bad) {
+			t.Errorf("%q is left of the Markdown", bad)
+		}
+	}
+	formatPages(t, []string{file})
+	if err := writeConfigPage(dir, filepath.Join(dir, "none.md")); err == nil {
+		t.Error("a page of nothing")
 	}
 }
 
