@@ -49,6 +49,7 @@ func TestErrors(t *testing.T) {
 		{"up without a file", []string{"up"}, []string{"none is configured", `or with kind = "dockerd", into `}},
 		{"exec nothing", []string{"exec", "a", "--"}, []string{"CMD is missing", "hint: "}},
 		{"status of nobody", []string{"status", "a"}, []string{"slipway: ask engine a: not running", "hint: "}},
+		{"flows below none", []string{"flows", "--limit", "-1"}, []string{"slipway: read command line on slipway flows: --limit: -1 is not allowed", "hint: "}},
 		{"flows of nobody", []string{"flows", "a"}, []string{"slipway: ask engine a: not running", "hint: "}},
 		{"too many words", []string{"ls", "a"}, []string{`"a" is too much`, "hint: "}},
 		{"bad target", []string{"probe", "--target", "tcp4=here"}, []string{"slipway: read command line on slipway probe", "hint: "}},

@@ -5,10 +5,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"os/signal"
 	"slices"
-	"strconv"
 	"syscall"
 	"time"
 
@@ -42,7 +42,7 @@ func newFlows() *cobra.Command {
 		ValidArgsFunction: completeEngine,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if limit < 0 {
-				return usage(cmd, strconv.ErrRange)
+				return usage(cmd, fmt.Errorf("--limit: %d is not allowed: must be 0, all, or more", limit))
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			defer stop()

@@ -18,7 +18,7 @@ func printStatus(w io.Writer, s api.Status) error {
 	rows := [][]string{
 		{"engine", fmt.Sprintf("%s (%s), up %s", e.Name, e.Mode, ageText(time.Duration(e.UptimeSeconds*float64(time.Second))))},
 		{"processes", processesText(e)},
-		{"isolated", strings.Join(e.Isolate, ", ") + "; user namespace: " + e.UserNamespace},
+		{"isolated", strings.Join(e.Isolate, ", ") + "; " + usersText(e.UserNamespace)},
 		{"path", fmt.Sprintf("tcp %s, udp %s, ping %s (%s: %s)", s.Path.TCP, s.Path.UDP, s.Path.Ping, s.Path.Configured, s.Path.Why)},
 		{"link", linkText(s.Link)},
 		{"addresses", fmt.Sprintf("guest %v %v, gateway %v %v", a.Guest4, a.Guest6, a.Gateway4, a.Gateway6)},
@@ -53,6 +53,21 @@ func processesText(e api.Engine) string {
 		text += fmt.Sprintf(", command %d: %s", e.CommandPID, printable(strings.Join(e.Command, " ")))
 	}
 	return text
+}
+
+// usersText says who somebody inside is on the host.
+func usersText(mapping string) string {
+	switch mapping {
+	case "none":
+		return "users and groups are the host's"
+	case "ranges":
+		return "root inside is you, other users and groups are those of /etc/subuid and /etc/subgid"
+	case "single":
+		return "root inside is you, and there is no other user"
+	case "identity":
+		return "users and groups are the host's, in a user namespace"
+	}
+	return "user namespace: " + printable(mapping)
 }
 
 func linkText(l api.LinkStatus) string {
@@ -98,7 +113,7 @@ func pingText(p api.PingStatus) string {
 		text += "; hint: " + p.Hint
 	}
 	if p.GroupRange != "" {
-		text += "; groups inside: " + strings.Join(strings.Fields(p.GroupRange), " to ")
+		text += "; inside without root for groups " + strings.Join(strings.Fields(p.GroupRange), " to ")
 	}
 	return text
 }

@@ -19,7 +19,7 @@ func (e *engine) isDockerd() bool { return e.opts.Mode == ModeUp && e.cfg.Kind =
 func (e *engine) prepareDockerd(ctx context.Context) error {
 	help, err := docker.Help(ctx, e.cfg.Program)
 	if errors.Is(err, exec.ErrNotFound) {
-		return &Problem{Err: fmt.Errorf("start engine %s: %w", e.opts.Name, err), Hint: "apt-get install docker.io, or name a dockerd as the first word of command", Code: 127}
+		return &Problem{Err: fmt.Errorf("start engine %s: %w", e.opts.Name, err), Hint: dockerdHint(systemPrograms), Code: 127}
 	}
 	if err != nil {
 		return fmt.Errorf("start engine %s: %w", e.opts.Name, err)
@@ -38,6 +38,18 @@ func (e *engine) prepareDockerd(ctx context.Context) error {
 	})
 	e.wrapper = docker.DockerdWrapper(e.cfg.Command)
 	return nil
+}
+
+// systemPrograms is where distributions have dockerd's helpers, such as iptables, and some of them dockerd; PATH
+// of an ordinary user of Debian leaves it out.
+const systemPrograms = "/usr/sbin"
+
+// dockerdHint says what can be done where there is no dockerd in PATH.
+func dockerdHint(dir string) string {
+	if _, err := os.Stat(filepath.Join(dir, "dockerd")); err == nil {
+		return "it is in " + dir + ": export PATH=$PATH:" + dir
+	}
+	return "apt-get install docker.io, or name a dockerd as the first word of command"
 }
 
 // dataHome is where an ordinary user keeps data; empty for root.

@@ -4,7 +4,10 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -46,5 +49,19 @@ func TestGuestEnv(t *testing.T) {
 	want := []string{"A=1", "LISTEN=2", "SLIPWAY_SOCK=/run/slipway/a/guest.sock"}
 	if got := e.guestEnv(env); !slices.Equal(got, want) || len(env) != 6 || env[1] != "SLIPWAY_SOCK=/elsewhere" {
 		t.Errorf("guestEnv = %q, expected %q; given %q", got, want, env)
+	}
+}
+
+// A dockerd that is there but not in PATH is found by the hint.
+func TestDockerdHint(t *testing.T) {
+	dir := t.TempDir()
+	if got := dockerdHint(dir); !strings.HasPrefix(got, "apt-get install") {
+		t.Errorf("without dockerd: %q", got)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "dockerd"), nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := dockerdHint(dir), "it is in "+dir+": export PATH=$PATH:"+dir; got != want {
+		t.Errorf("with dockerd: %q, want %q", got, want)
 	}
 }

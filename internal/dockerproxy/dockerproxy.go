@@ -36,8 +36,11 @@ type options struct {
 	version   bool           // print the version and nothing else
 }
 
-// maxPort is the highest port number.
-const maxPort = 65535
+// maxPort is the highest port number, and noPort that of a flag that was not given.
+const (
+	maxPort = 65535
+	noPort  = -1
+)
 
 // parse reads a command line without the program's name. Help goes to usage.
 func parse(args []string, usage io.Writer) (o options, err error) {
@@ -48,9 +51,9 @@ func parse(args []string, usage io.Writer) (o options, err error) {
 	f.SetOutput(usage)
 	f.StringVar(&proto, "proto", "tcp", "tcp or udp")
 	f.TextVar(&hostIP, "host-ip", netip.IPv4Unspecified(), "address to listen on in the engine's namespace, and on the host")
-	f.IntVar(&hostPort, "host-port", -1, "port to listen on")
+	f.IntVar(&hostPort, "host-port", noPort, "port to listen on")
 	f.TextVar(&containerIP, "container-ip", netip.Addr{}, "address of the container")
-	f.IntVar(&containerPort, "container-port", -1, "port of the container")
+	f.IntVar(&containerPort, "container-port", noPort, "port of the container")
 	f.BoolVar(&o.inherited, "use-listen-fd", false, "descriptor 4 is the socket to listen on")
 	f.BoolVar(&o.version, "v", false, "print the version and exit")
 	f.BoolVar(&o.version, "version", false, "print the version and exit")
@@ -91,6 +94,9 @@ func parseProto(s string) (flow.Proto, error) {
 func endpoint(side string, a netip.Addr, port int) (netip.AddrPort, error) {
 	if !a.IsValid() {
 		return netip.AddrPort{}, fmt.Errorf("-%s-ip is missing", side)
+	}
+	if port == noPort {
+		return netip.AddrPort{}, fmt.Errorf("-%s-port is missing", side)
 	}
 	if port < 1 || port > maxPort {
 		return netip.AddrPort{}, fmt.Errorf("-%s-port %d: must be in 1..%d", side, port, maxPort)
