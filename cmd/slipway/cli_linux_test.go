@@ -41,6 +41,7 @@ func TestErrors(t *testing.T) {
 		{"engine without command", []string{"up", "--config", two, "b"}, []string{"start engine on b: it is not configured with a command", "hint: "}},
 		{"attach to nothing", []string{"attach"}, []string{"exactly one of --pid and --netns", "hint: "}},
 		{"attach to two", []string{"attach", "--pid", "1", "--netns", "/x"}, []string{"exactly one of --pid and --netns", "hint: "}},
+		{"attach with new namespaces", []string{"attach", "--pid", "1", "--isolate", "pid"}, []string{"unknown flag: --isolate", "hint: "}},
 		{"attach to no process", []string{"attach", "--pid", "0"}, []string{"a process number is above 0", "hint: "}},
 		{"attach to a missing file", []string{"attach", "--netns", "/none"}, []string{"slipway: attach on /none: no such file", "hint: name a file such as /run/netns/NAME"}},
 		{"exec nowhere", []string{"exec", "a", "--", "true"}, []string{"slipway: exec engine a: not running", "hint: "}},

@@ -43,12 +43,12 @@ func newPortsLs() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "ls [ENGINE]",
 		Short: "List the published ports of an engine, or of all",
-		Long: "List the published ports of an engine, or of all. GUEST is what clients reach, and\n" +
-			"in brackets the container that the engine's rules lead them on to. OWNER is who asked: docker and the\n" +
-			"container's name, where the engine's Docker API tells it, config (the configuration or -p), api\n" +
-			"(slipway ports add, the API), auto (publish_auto), or guest, a process in the engine. CLIENTS counts connections and UDP\n" +
-			"clients so far, REFUSED those that the guest did not want, GATEWAY those that it sees as the gateway\n" +
-			"although SOURCE is preserve and they are not on this host's loopback; slipway flows says why.",
+		Long: "List the published ports of an engine, or of all. GUEST is what clients reach, and in brackets the\n" +
+			"container that the engine's rules lead them on to. OWNER is who asked: docker and the container's\n" +
+			"name, where the engine's Docker API tells it, config (the configuration or -p), api (slipway ports\n" +
+			"add, the API), auto (publish_auto), or guest, a process in the engine. CLIENTS counts connections and\n" +
+			"UDP clients so far, REFUSED those that the guest did not want, GATEWAY those that it sees as the\n" +
+			"gateway although SOURCE is preserve and they are not on this host's loopback; slipway flows says why.",
 		Args:              words(0, 1, ""),
 		ValidArgsFunction: completeEngine,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -148,8 +148,8 @@ func newPortsAdd() *cobra.Command {
 		Long: "Publish ports. They listen when the command ends, and are printed with the ports that were\n" +
 			"chosen for 0. Each port of a range is published by itself: when one cannot be, the others are,\n" +
 			"and the exit status is 125. What was added already, or is configured, is no error; to change a\n" +
-			"port, or to take one that is published otherwise, withdraw it first. ENGINE may be left out when only one is running.\n" +
-			"slipway ports --help says what a SPEC is.",
+			"port, or to take one that is published otherwise, withdraw it first. ENGINE may be left out when\n" +
+			"only one is running. slipway ports --help says what a SPEC is.",
 		Example: "  slipway ports add web 8080:80 127.0.0.1:5353:53/udp\n  slipway ports add web 0:[fd00::2]:80 --json",
 		Args:    words(1, -1, "SPEC"), ValidArgsFunction: completeEngine,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -262,7 +262,8 @@ func newPortsRm() *cobra.Command {
 		Short: "Withdraw published ports",
 		Long: "Withdraw ports, by the ID of ports ls or as they were asked for, whoever did. They take no new\n" +
 			"clients; connections go on until their ends. The port of a container comes back when that is started\n" +
-			"again. ENGINE may be left out when only one is running.",
+			"again, one of the configuration when that is read again. ENGINE may be left out when only one is\n" +
+			"running.",
 		Example: "  slipway ports rm web 8080:80\n  slipway ports rm 3 4",
 		Args:    words(1, -1, "ID or SPEC"), ValidArgsFunction: completePort,
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -42,9 +42,13 @@ var settingFlags = []struct {
 // autoWord is the value of --publish that stands for publish_auto.
 const autoWord = "auto"
 
-func (f *engineFlags) add(cmd *cobra.Command) {
+// add adds the flags, but for those of settingFlags that mean nothing to the command.
+func (f *engineFlags) add(cmd *cobra.Command, without ...string) {
 	cmd.Flags().StringVar(&f.config, "config", "", "configuration `FILE`, instead of slipway.toml in the usual places")
 	for _, s := range settingFlags {
+		if slices.Contains(without, s.flag) {
+			continue
+		}
 		cmd.Flags().String(s.flag, "", s.help)
 		completeFlag(cmd, s.flag, s.words...)
 	}
@@ -289,6 +293,6 @@ func newAttach(code *int) *cobra.Command {
 	cmd.Flags().IntVar(&pid, "pid", 0, "process `N` is in the namespace")
 	cmd.Flags().StringVar(&netns, "netns", "", "`PATH` of the namespace, such as /run/netns/NAME")
 	cmd.Flags().StringVar(&name, "name", "", "`NAME` of the engine; without one it is made of the pid")
-	f.add(cmd)
+	f.add(cmd, "isolate") // the namespaces are somebody else's
 	return cmd
 }

@@ -20,9 +20,9 @@ import (
 // socket carries this instead:
 //
 //	client: one byte 0 with three file descriptors (SCM_RIGHTS): stdin, stdout, stderr
-//	server: {"pid": N}, or {"error": ..., "code": ...} and the end
+//	server: {"pid": N}, or {"failed": Error} and the end
 //	client: {"signal": N}, any number of times
-//	server: {"exit": N} and the end
+//	server: {"exit": N}, or {"failed": Error}, and the end
 //
 // one JSON document a line. The client closing the socket means that nobody waits any
 // more: the command gets HUP, as from a terminal that goes away. No byte of the

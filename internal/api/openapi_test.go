@@ -4,10 +4,13 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
 	"gopkg.in/yaml.v3"
+
+	"github.com/slipway-net/slipway/internal/flow"
 )
 
 // schema is what we look at of a schema in docs/openapi.yaml.
@@ -16,6 +19,7 @@ type schema struct {
 	Properties map[string]schema `yaml:"properties"`
 	Items      *schema           `yaml:"items"`
 	Required   []string          `yaml:"required"`
+	Enum       []string          `yaml:"enum"`
 }
 
 // The document has every field of our types, and no other.
@@ -25,7 +29,7 @@ func TestOpenAPI(t *testing.T) {
 		t.Fatal(err)
 	}
 	var doc struct {
-		Paths      map[string]any
+		Paths      map[string]map[string]any
 		Components struct{ Schemas map[string]schema }
 	}
 	if err := yaml.Unmarshal(b, &doc); err != nil {
@@ -38,9 +42,29 @@ func TestOpenAPI(t *testing.T) {
 	} {
 		d.compare(name, d.schemas[name], reflect.TypeOf(v))
 	}
-	for _, path := range []string{"/v1/status", "/v1/flows", "/v1/exec", "/v1/info", "/v1/ports", "/v1/ports/{id}"} {
-		if doc.Paths[path] == nil {
-			t.Errorf("%s is not documented", path)
+	routes := new(Server).routes()
+	for path, methods := range doc.Paths {
+		for method := range methods {
+			if pattern := strings.ToUpper(method) + " " + path; routes[pattern] == nil {
+				t.Errorf("%s is documented and not there", pattern)
+			}
+		}
+	}
+	for pattern := range routes {
+		method, path, _ := strings.Cut(pattern, " ")
+		if doc.Paths[path][strings.ToLower(method)] == nil {
+			t.Errorf("%s is not documented", pattern)
+		}
+	}
+	for where, words := range map[string][]string{
+		"PortSpec.proto":    portProtos,
+		"PortSpec.sourceIP": {string(flow.SourcePreserve), string(flow.SourceGateway)},
+		"Flow.decision":     {string(flow.Direct), string(flow.Proxied), string(flow.ToHost), string(flow.Denied), string(flow.Refused), string(flow.Published)},
+		"Flow.state":        {flow.Dialling.String(), flow.Open.String(), flow.HalfOpen.String(), flow.Closed.String()},
+	} {
+		name, field, _ := strings.Cut(where, ".")
+		if got := d.schemas[name].Properties[field].Enum; !slices.Equal(got, words) {
+			t.Errorf("%s may be %v in docs/openapi.yaml, and is one of %v", where, got, words)
 		}
 	}
 }

@@ -65,13 +65,9 @@ func NewServer(b Backend, log *slog.Logger) *Server {
 	}
 	s := &Server{backend: b, log: log.With(slog.String("component", "api"))}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/status", s.status)
-	mux.HandleFunc("GET /v1/flows", s.flows)
-	mux.HandleFunc("POST /v1/exec", s.exec)
-	mux.HandleFunc("GET /v1/info", s.info)
-	mux.HandleFunc("GET /v1/ports", s.ports)
-	mux.HandleFunc("POST /v1/ports", s.addPort)
-	mux.HandleFunc("DELETE /v1/ports/{id}", s.removePort)
+	for pattern, handler := range s.routes() {
+		mux.HandleFunc(pattern, handler)
+	}
 	s.http = http.Server{
 		Handler:           s.guard(mux),
 		ReadHeaderTimeout: headerTimeout,
@@ -83,6 +79,19 @@ func NewServer(b Backend, log *slog.Logger) *Server {
 	}
 	s.http.SetKeepAlivesEnabled(false)
 	return s
+}
+
+// routes are what docs/openapi.yaml describes.
+func (s *Server) routes() map[string]http.HandlerFunc {
+	return map[string]http.HandlerFunc{
+		"GET /v1/status":        s.status,
+		"GET /v1/flows":         s.flows,
+		"POST /v1/exec":         s.exec,
+		"GET /v1/info":          s.info,
+		"GET /v1/ports":         s.ports,
+		"POST /v1/ports":        s.addPort,
+		"DELETE /v1/ports/{id}": s.removePort,
+	}
 }
 
 // Serve answers on ln until ctx ends or ln fails, closes ln, and returns after the
