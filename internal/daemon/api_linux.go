@@ -162,7 +162,8 @@ func (e *engine) statusWarnings(r nsagent.Report) []string {
 		}
 	}
 	out = append(out, r.Names...)
-	return append(out, r.Routes...)
+	out = append(out, r.Routes...)
+	return append(out, e.unpublishedWarnings()...)
 }
 
 // counters flattens a struct of numbers: what is {"drops":{"martian":1}} in JSON gets

@@ -20,6 +20,7 @@ import (
 	"github.com/slipway-net/slipway/internal/config"
 	"github.com/slipway-net/slipway/internal/engine/docker"
 	"github.com/slipway-net/slipway/internal/flow"
+	"github.com/slipway-net/slipway/internal/nsagent"
 )
 
 // noCarrier carries nobody.
@@ -194,6 +195,31 @@ func TestToldContainer(t *testing.T) {
 	var told *api.Error
 	if !errors.As(err, &told) || told.Status != http.StatusConflict || !strings.HasSuffix(err.Error(), want) || !strings.Contains(told.Hint, "stop that container") {
 		t.Errorf("another engine: %v, expected %q", err, want)
+	}
+}
+
+// What could not be published of a list is a warning in the status until it could.
+func TestUnpublished(t *testing.T) {
+	e := bookEngine(t)
+	p, err := e.book.Add("other", portSpecs(t, "127.0.0.1:0:80")[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	taken := p.Listens[0].String()
+	r := e.reconciler(t.Context(), ownerDocker)
+	var specs []flow.PortSpec
+	for i := range maxUnpublished + 3 {
+		specs = append(specs, portSpecs(t, fmt.Sprintf("%s:%d", taken, i+1))...)
+	}
+	r.apply(specs)
+	got := e.statusWarnings(nsagent.Report{})
+	if len(got) != maxUnpublished+1 || !strings.HasPrefix(got[0], "port of docker not published: publish "+taken+"/tcp: port ") || got[maxUnpublished] != "3 more ports of docker not published" {
+		t.Errorf("warnings %q", got)
+	}
+	e.book.RemoveOwner("other")
+	r.apply(specs[:1])
+	if got := e.statusWarnings(nsagent.Report{}); len(got) != 0 {
+		t.Errorf("warnings %q after it was published", got)
 	}
 }
 

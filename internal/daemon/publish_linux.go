@@ -4,11 +4,13 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"syscall"
 	"time"
 
@@ -32,7 +34,7 @@ import (
 //	docker          what runs in the engine, by its API
 //	auto            what listens in the guest
 //
-// The last two are lists that are reconciled: what cannot be published is logged once and
+// The last two are lists that are reconciled: what cannot be published is logged once, shown by status, and
 // tried again with the next list.
 
 // Owners of published ports.
@@ -78,9 +80,38 @@ func (e *engine) publishConfigured(ctx context.Context) error {
 // stay as they are.
 func (e *engine) reloadPorts(ctx context.Context, now config.Settings) {
 	e.book.Update(now.PublishBind, now.PublishPorts.Allows, now.SourceIP)
-	for _, err := range e.book.Reconcile(ownerConfig, now.Publish) {
-		e.log.Error("port not published", slog.Any("err", e.told(ctx, err)))
+	for _, why := range e.reconcile(ctx, ownerConfig, now.Publish) {
+		e.log.Error("port not published", slog.Any("err", why))
 	}
+}
+
+// reconcile is that of the book. Why a port could not be published is in the status, too,
+// until the next time.
+func (e *engine) reconcile(ctx context.Context, owner string, specs []flow.PortSpec) []error {
+	errs := e.book.Reconcile(owner, specs)
+	for i, err := range errs {
+		errs[i] = e.told(ctx, err)
+	}
+	e.unpublished.Store(owner, slices.Clone(errs))
+	return errs
+}
+
+// maxUnpublished is how many ports of one owner the status says that they are not published.
+const maxUnpublished = 8
+
+// unpublishedWarnings are what reconcile has kept, a line each.
+func (e *engine) unpublishedWarnings() (out []string) {
+	for _, owner := range []string{ownerConfig, ownerDocker, ownerAuto} {
+		kept, _ := e.unpublished.Load(owner)
+		errs, _ := kept.([]error)
+		for _, err := range errs[:min(maxUnpublished, len(errs))] {
+			out = append(out, fmt.Sprintf("port of %s not published: %v", owner, err))
+		}
+		if more := len(errs) - maxUnpublished; more > 0 {
+			out = append(out, fmt.Sprintf("%d more ports of %s not published", more, owner))
+		}
+	}
+	return out
 }
 
 // carrier carries the clients of published ports through forward. It implements
@@ -272,8 +303,7 @@ func (e *engine) reconciler(ctx context.Context, owner string) *reconciler {
 // apply makes specs the owner's ports.
 func (r *reconciler) apply(specs []flow.PortSpec) {
 	failed := make(map[string]bool)
-	for _, err := range r.engine.book.Reconcile(r.owner, specs) {
-		err = r.engine.told(r.ctx, err)
+	for _, err := range r.engine.reconcile(r.ctx, r.owner, specs) {
 		text := err.Error()
 		if failed[text] = true; !r.told[text] {
 			r.engine.log.Warn("port not published", slog.String("owner", r.owner), slog.Any("err", err))

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -74,7 +75,8 @@ type engine struct {
 	book    *publish.Book // nil before the services are made
 	names   *docker.Names // nil where the engine has no Docker API that we know of
 
-	neighbours neighbours
+	neighbours  neighbours
+	unpublished sync.Map // by owner, the []error of its last list; see reconcile
 
 	wrapper []string // in front of the command; see docker.DockerdWrapper
 

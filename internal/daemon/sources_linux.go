@@ -79,7 +79,7 @@ func (e *engine) addWatchers(s *services) error {
 	cfg := listeners.Config{
 		Read: diag.Read, Guest4: e.doors.ends.Guest4, Guest6: e.doors.ends.Guest6,
 		LocalPorts: e.agent.Report().LocalPorts,
-		Apply:      func(specs []flow.PortSpec) []error { return e.book.Reconcile(ownerAuto, specs) },
+		Apply:      func(specs []flow.PortSpec) []error { return e.reconcile(s.ctx, ownerAuto, specs) },
 		Held:       func(proto flow.Proto, port uint16) bool { return e.book.Held(ownerAuto, proto, port) },
 		Log:        e.log,
 	}
