@@ -90,6 +90,11 @@ func TestPublishAttach(t *testing.T) {
 			c := d.runImage(t, "--restart", "always", "-p", "18080:80", "-p", "18081:80/udp", "-p", "127.0.0.1:18082:80")
 			all := [][]string{onAll("tcp", 18080), onAll("udp", 18081), {"tcp 127.0.0.1:18082"}}
 			expectListeners(t, n, "docker run", all...)
+			owner := ", slipway-docker-)  " // as the kernel has the proxy's name
+			if api {
+				owner = "docker: " + strings.TrimPrefix(d.must(t, "inspect", "-f", "{{.Name}}", c), "/") + "  "
+			}
+			expectOwner(t, e, owner)
 			d.inside(t, c)
 			reach(t, n, "tcp", 18080)
 			reach(t, n, "udp", 18081)
@@ -121,6 +126,15 @@ func TestPublishAttach(t *testing.T) {
 			d.end(t, syscall.SIGTERM)
 			a.detach(t, e)
 		})
+	}
+}
+
+// expectOwner wants every published port to have been asked for by that one.
+func expectOwner(t *testing.T, e *engine, owner string) {
+	t.Helper()
+	r := e.call(t, "ports", "ls", e.name)
+	if lines := strings.Count(r.stdout, "\n"); r.code != 0 || lines < 2 || strings.Count(r.stdout, owner) != lines-1 {
+		t.Errorf("ports ls: status %d, not all are of %q:\n%s%s", r.code, owner, r.stdout, r.stderr)
 	}
 }
 
@@ -200,9 +214,10 @@ func TestPublishPodman(t *testing.T) {
 	run := func(options ...string) string {
 		return p.must(t, append(append([]string{"run", "-d"}, options...), podmanImage, "/bin/busybox", "sleep", "1000000")...)
 	}
-	first := run("-p", "18080:80", "-p", "18081:80/udp", "-p", "127.0.0.1:18082:80")
+	first := run("--name", "shop", "-p", "18080:80", "-p", "18081:80/udp", "-p", "127.0.0.1:18082:80")
 	ofFirst := [][]string{onAll("tcp", 18080), onAll("udp", 18081), {"tcp 127.0.0.1:18082"}}
 	expectListeners(t, n, "podman run", ofFirst...)
+	expectOwner(t, p.engine, "docker: shop  ")
 	pid := p.must(t, "inspect", "-f", "{{.State.Pid}}", first)
 	ns, err := topo.OpenNS("container", "/proc/"+pid+"/ns/net")
 	if err != nil {
