@@ -280,14 +280,17 @@ func TestPublishReload(t *testing.T) {
 	eachUser(t, func(t *testing.T, n *topo.Topology, u user) {
 		e := startUp(t, n, u, `publish = ["18080:81", "18081:81"]`)
 		tellSource(t, e.guest, enginePort)
-		e.publish(t, "18090:81")
-		ofOthers := onAll("tcp", 18090)
+		e.publish(t, "18090:81", "18081:81") // one of them twice
+		ofOthers := append(onAll("tcp", 18090), onAll("tcp", 18081)...)
 		stays := portAt(t, e, 18080)
 		e.configure(t, `publish = ["18080:81", "18082:81"]`)
 		e.cmd.Process.Signal(syscall.SIGHUP)
 		expectListeners(t, n, "after HUP", onAll("tcp", 18080), onAll("tcp", 18082), ofOthers)
 		if now := portAt(t, e, 18080); now.ID != stays.ID {
 			t.Errorf("port 18080 was %d and is %d", stays.ID, now.ID)
+		}
+		if p := portAt(t, e, 18081); p.Owner != "api" {
+			t.Errorf("what only ports add wants any more belongs to %q", p.Owner)
 		}
 		e.configure(t, `publish = ["nonsense"]`)
 		e.cmd.Process.Signal(syscall.SIGHUP)

@@ -15,8 +15,9 @@ import (
 // The book knows other holders of a port as processes, and its own owners by the words
 // of the API. Here they become what a user knows: engines, and ways to ask for a port.
 
-// told is err, from the book, in words for a user.
-func (e *engine) told(ctx context.Context, err error) error {
+// told is err, which the book has told an owner, in words for a user. A lease on guest.sock does not
+// wait for a container's name: the other may be over, and the port be had at once.
+func (e *engine) told(ctx context.Context, owner string, err error) error {
 	var c *publish.ConflictError
 	if !errors.As(err, &c) {
 		return err
@@ -24,8 +25,10 @@ func (e *engine) told(ctx context.Context, err error) error {
 	switch h := c.Holder.(type) {
 	case publish.Published:
 		hint := hintOf(err)
-		if name := e.containers(ctx)(h.Owner, h.Spec); name != "" {
-			return conflict(c, fmt.Sprintf("container %s of engine %s", name, e.opts.Name), hint)
+		if !strings.HasPrefix(owner, guestOwner) {
+			if name := e.containers(ctx)(h.Owner, h.Spec); name != "" {
+				return conflict(c, fmt.Sprintf("container %s of engine %s", name, e.opts.Name), hint)
+			}
 		}
 		if h.Owner == ownerConfig {
 			hint = "publish another host port (0: any), or take it out of the configuration or of -p"

@@ -128,12 +128,12 @@ func TestToldOthers(t *testing.T) {
 		errors.New("x"), &publish.ConflictError{}, &publish.ConflictError{Holder: publish.User{UID: 7}},
 		&publish.ConflictError{Holder: publish.Process{Name: "nginx", PID: 812}}, &publish.PolicyError{},
 	} {
-		if got := e.told(t.Context(), err); got != err {
+		if got := e.told(t.Context(), api.OwnerAPI, err); got != err {
 			t.Errorf("%v became %v", err, got)
 		}
 	}
 	const want = "is taken by a connection of a slipway engine (pid 1)"
-	if err := e.told(t.Context(), &publish.ConflictError{Holder: publish.Process{Name: "slipway", PID: 1, Connection: true}}); !strings.HasSuffix(err.Error(), want) {
+	if err := e.told(t.Context(), api.OwnerAPI, &publish.ConflictError{Holder: publish.Process{Name: "slipway", PID: 1, Connection: true}}); !strings.HasSuffix(err.Error(), want) {
 		t.Errorf("%v, expected %q", err, want)
 	}
 }
@@ -171,6 +171,10 @@ func TestToldContainer(t *testing.T) {
 	const want = "is taken by container shop of engine web"
 	if _, err := (backend{shop}).AddPort(t.Context(), api.OwnerAPI, again); err == nil || !strings.HasSuffix(err.Error(), want) {
 		t.Errorf("its own engine: %v, expected %q", err, want)
+	}
+
+	if _, err := (backend{shop}).AddPort(t.Context(), "guest:1/2", again); err == nil || !strings.HasSuffix(err.Error(), "in the engine") {
+		t.Errorf("another lease: %v", err)
 	}
 
 	listed := backend{shop}.Ports(t.Context())

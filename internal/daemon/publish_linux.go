@@ -70,7 +70,7 @@ func (e *engine) publishConfigured(ctx context.Context) error {
 	}
 	hint := ""
 	for i, err := range errs {
-		errs[i] = e.told(ctx, err)
+		errs[i] = e.told(ctx, ownerConfig, err)
 		hint = cmp.Or(hint, hintOf(errs[i]))
 	}
 	return &Problem{Err: errors.Join(errs...), Hint: hint}
@@ -90,7 +90,7 @@ func (e *engine) reloadPorts(ctx context.Context, now config.Settings) {
 func (e *engine) reconcile(ctx context.Context, owner string, specs []flow.PortSpec) []error {
 	errs := e.book.Reconcile(owner, specs)
 	for i, err := range errs {
-		errs[i] = e.told(ctx, err)
+		errs[i] = e.told(ctx, owner, err)
 	}
 	e.unpublished.Store(owner, slices.Clone(errs))
 	return errs
@@ -209,7 +209,7 @@ func (b backend) Ports(ctx context.Context) []api.Port {
 func (b backend) AddPort(ctx context.Context, owner string, s flow.PortSpec) (api.Port, error) {
 	p, err := b.book.Add(owner, s)
 	if err != nil {
-		return api.Port{}, publishError(b.told(ctx, err))
+		return api.Port{}, publishError(b.told(ctx, owner, err))
 	}
 	return b.portOfBook(p), nil
 }
