@@ -1,5 +1,6 @@
 // Package docker deals with engines that speak the Docker API: Watch tells which ports
-// they have published, DockerdCommand how slipway starts a dockerd.
+// they have published, Names how their containers are called, DockerdCommand how slipway
+// starts a dockerd.
 package docker
 
 import (
