@@ -102,8 +102,8 @@ iptables -w -I FORWARD -p %[1]s -s %[3]s --sport %[2]d -m conntrack --ctstate ES
 	return true
 }
 
-// expectIngress asks a port of mode ingress from everywhere.
-func (s *swarm) expectIngress(t *testing.T, port int, seen bool) {
+// expectClients asks a port from everywhere; seen is whether clients keep their addresses.
+func (s *swarm) expectClients(t *testing.T, port int, seen bool) {
 	t.Helper()
 	loopback, own, other := clientsOf(s.net, families[0])
 	for _, c := range []client{loopback, own, other} {
@@ -118,7 +118,7 @@ func (s *swarm) expectIngress(t *testing.T, port int, seen bool) {
 				problem = got.differs(want, families[0])
 			}
 			if err != nil || problem != "" {
-				t.Errorf("ingress port %d/%s, from %v: %s %v", port, proto, c.from, problem, err)
+				t.Errorf("port %d/%s, from %v: %s %v", port, proto, c.from, problem, err)
 			}
 		}
 	}
@@ -133,7 +133,7 @@ func (s *swarm) life(t *testing.T, guest *topo.NS) (want [][]string) {
 	s.service(t, "web", "--publish", "published=18080,target=80", "--publish", "published=18080,target=80,protocol=udp", "--publish", "published=18081,target=81")
 	web := []string{"tcp 0.0.0.0:18080", "udp 0.0.0.0:18080"}
 	expectListeners(t, n, "service create", web, []string{"tcp 0.0.0.0:18081"})
-	s.expectIngress(t, 18080, s.serveIngress(t, guest, "web", 18080))
+	s.expectClients(t, 18080, s.serveIngress(t, guest, "web", 18080))
 	s.update(t, "web", "--publish-rm", "81")
 	expectListeners(t, n, "--publish-rm", web)
 	s.update(t, "web", "--publish-add", "published=18082,target=82")
@@ -144,8 +144,7 @@ func (s *swarm) life(t *testing.T, guest *topo.NS) (want [][]string) {
 	expectListeners(t, n, "mode=host", all...)
 	first := s.task(t, "node", "")
 	s.inside(t, first)
-	reach(t, n, "tcp", 18083)
-	reach(t, n, "udp", 18083)
+	s.expectClients(t, 18083, true)
 	s.kill(t, first)
 	s.inside(t, s.task(t, "node", first))
 	expectListeners(t, n, "the task was killed", all...)
