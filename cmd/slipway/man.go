@@ -58,6 +58,9 @@ func newMan() *cobra.Command {
 			if err := writeConfigPage(files, args[1]); err != nil {
 				return err
 			}
+			if err := writeProxyPage(commands); err != nil {
+				return err
+			}
 			return writeManual(commands, cmd.Root())
 		},
 	}

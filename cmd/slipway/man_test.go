@@ -80,6 +80,25 @@ func formatPages(t *testing.T, files []string) {
 	}
 }
 
+// The page of docker-proxy has all of its flags.
+func TestProxyPage(t *testing.T) {
+	dir := t.TempDir()
+	if err := writeProxyPage(dir); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(dir, "slipway-docker-proxy.1")
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{".SH NAME\nslipway\\-docker\\-proxy ", "\\-host\\-port\\fR \\fIport\\fR\n", "\\-container\\-ip\\fR \\fIaddress\\fR\n", "SLIPWAY_SOCK\n"} {
+		if !strings.Contains(string(b), want) {
+			t.Errorf("no %q in\n%s", want, b)
+		}
+	}
+	formatPages(t, []string{file})
+}
+
 // The page of slipway.toml has every setting and nothing of Markdown.
 func TestConfigPage(t *testing.T) {
 	dir := t.TempDir()

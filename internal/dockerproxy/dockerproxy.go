@@ -42,37 +42,51 @@ const (
 	noPort  = -1
 )
 
+// given is a command line as it was written.
+type given struct {
+	proto                   string
+	hostIP, containerIP     netip.Addr
+	hostPort, containerPort int
+	inherited, version      bool
+}
+
+func (w *given) flags() *flag.FlagSet {
+	f := flag.NewFlagSet(Name, flag.ContinueOnError)
+	f.StringVar(&w.proto, "proto", "tcp", "protocol, `tcp|udp`")
+	f.TextVar(&w.hostIP, "host-ip", netip.IPv4Unspecified(), "`address` to listen on in the engine's namespace, and on the host")
+	f.IntVar(&w.hostPort, "host-port", noPort, "`port` to listen on")
+	f.TextVar(&w.containerIP, "container-ip", netip.Addr{}, "`address` of the container")
+	f.IntVar(&w.containerPort, "container-port", noPort, "`port` of the container")
+	f.BoolVar(&w.inherited, "use-listen-fd", false, "descriptor 4 is the socket to listen on")
+	f.BoolVar(&w.version, "v", false, "print the version and exit")
+	f.BoolVar(&w.version, "version", false, "print the version and exit")
+	return f
+}
+
+// VisitFlags calls f for each flag, for a manual.
+func VisitFlags(f func(*flag.Flag)) { new(given).flags().VisitAll(f) }
+
 // parse reads a command line without the program's name. Help goes to usage.
 func parse(args []string, usage io.Writer) (o options, err error) {
-	var proto string
-	var hostIP, containerIP netip.Addr
-	var hostPort, containerPort int
-	f := flag.NewFlagSet(Name, flag.ContinueOnError)
+	var w given
+	f := w.flags()
 	f.SetOutput(usage)
-	f.StringVar(&proto, "proto", "tcp", "tcp or udp")
-	f.TextVar(&hostIP, "host-ip", netip.IPv4Unspecified(), "address to listen on in the engine's namespace, and on the host")
-	f.IntVar(&hostPort, "host-port", noPort, "port to listen on")
-	f.TextVar(&containerIP, "container-ip", netip.Addr{}, "address of the container")
-	f.IntVar(&containerPort, "container-port", noPort, "port of the container")
-	f.BoolVar(&o.inherited, "use-listen-fd", false, "descriptor 4 is the socket to listen on")
-	f.BoolVar(&o.version, "v", false, "print the version and exit")
-	f.BoolVar(&o.version, "version", false, "print the version and exit")
 	if err := f.Parse(args); err != nil {
 		return o, err
 	}
-	if o.version {
+	if o.inherited, o.version = w.inherited, w.version; o.version {
 		return o, nil
 	}
 	if f.NArg() > 0 {
 		return o, fmt.Errorf("%q is too much", f.Arg(0))
 	}
-	if o.proto, err = parseProto(proto); err != nil {
+	if o.proto, err = parseProto(w.proto); err != nil {
 		return o, err
 	}
-	if o.host, err = endpoint("host", hostIP, hostPort); err != nil {
+	if o.host, err = endpoint("host", w.hostIP, w.hostPort); err != nil {
 		return o, err
 	}
-	o.container, err = endpoint("container", containerIP, containerPort)
+	o.container, err = endpoint("container", w.containerIP, w.containerPort)
 	if err == nil && o.container.Addr().IsUnspecified() {
 		err = errors.New("-container-ip is missing")
 	}
