@@ -450,14 +450,15 @@ func TestInboundWithoutDescriptors(t *testing.T) {
 			}
 			taken = append(taken, fd)
 		}
+		begin := time.Now()
 		io.WriteString(in, "go\n")
 		r := bufio.NewReader(out)
 		if line, err := r.ReadString('\n'); line != "connected\n" {
 			t.Errorf("%q, %v", line, err)
 		}
-		time.Sleep(300 * time.Millisecond)
-		if n := p.errs.Load(); n < 1 || n > 10 {
-			t.Errorf("%d accepts failed within 300 ms", n)
+		waitFor(t, "accept fails again and again", func() bool { return p.errs.Load() >= 4 })
+		if d, rests := time.Since(begin), (1+2+4)*restFirst; p.errs.Load() == 4 && d < rests {
+			t.Errorf("4 accepts failed within %v, which rest for %v in between", d, rests)
 		}
 		for _, fd := range taken {
 			unix.Close(fd)
