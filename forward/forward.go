@@ -32,6 +32,10 @@ type Config struct {
 	// published ports begin; MaxUDP the UDP mappings. Each costs a descriptor or two.
 	// One guest's, or client's, address may have two thirds. Zero means 65536 and 16384.
 	MaxTCP, MaxUDP int
+
+	// MaxDials bounds the clients of published ports that the guest has not answered yet;
+	// those of one guest port may be two thirds. Zero means 4096.
+	MaxDials int
 }
 
 // Forwarder carries one guest's flows.
@@ -72,10 +76,13 @@ func New(cfg Config) *Forwarder {
 	if cfg.MaxTCP == 0 {
 		cfg.MaxTCP = defaultMaxTCP
 	}
+	if cfg.MaxDials == 0 {
+		cfg.MaxDials = inboundDials
+	}
 	f := &Forwarder{
 		table: cfg.Table, policy: cfg.Policy, log: log,
 		tcp: newShare[netip.Addr](cfg.MaxTCP), wants: rate.NewLimiter(rate.Every(time.Second), 5), relays: make(map[*relay]struct{}),
-		in: newInbounds(cfg.MaxTCP),
+		in: newInbounds(cfg.MaxTCP, cfg.MaxDials),
 	}
 	f.idle.L = &f.mu
 	f.udp = newUDPMaps(udpConfig{Guest: cfg.Guest, Table: cfg.Table, Policy: cfg.Policy, Log: log, Max: cfg.MaxUDP})

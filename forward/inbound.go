@@ -88,6 +88,14 @@ func (e Ends) has(a netip.Addr) bool {
 	return a.IsValid() && (a == e.Gateway4 || a == e.Gateway6 || a == e.Host4 || a == e.Host6 || a == e.Guest4 || a == e.Guest6)
 }
 
+// port is to, alike for both addresses of the engine: what is dead is so in both.
+func (e Ends) port(to netip.AddrPort) netip.AddrPort {
+	if to.Addr() == e.Guest6 && e.Guest4.IsValid() {
+		return netip.AddrPortFrom(e.Guest4, to.Port())
+	}
+	return to
+}
+
 // Place is where an address is, as the guest routes it.
 type Place uint8
 

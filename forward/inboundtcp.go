@@ -39,8 +39,9 @@ import (
 // Inbound.second.
 //
 // Limits: as many flows as guests may begin, Config.MaxTCP, of which one client address
-// has two thirds; inboundDials that are being connected, two thirds of them to one
-// address and port of the guest (most ports lead to one address, the engine's own). Beyond
+// has two thirds; Config.MaxDials that are being connected, two thirds of them to one
+// port of a container, or of the engine's own addresses, so that one that is dead does not stop
+// the others. Doors.Dial must take as many. Beyond
 // them clients are reset and counted. When accept(2) fails for want of something the
 // listener rests, 10 ms to 1 s, and clients wait in its queue.
 //
@@ -49,7 +50,8 @@ import (
 
 const (
 	inboundPatience = 10 * time.Second
-	// inboundDials bounds the connections that the guest has not answered yet.
+	// inboundDials bounds the connections that the guest has not answered yet, where
+	// Config.MaxDials does not.
 	inboundDials = 4096
 	// The listener rests that long after a failed accept, doubled each time.
 	restFirst, restMost = 10 * time.Millisecond, time.Second
@@ -62,7 +64,7 @@ var errNoDoors = errors.New("there is no way into the guest")
 type inbounds struct {
 	doors Doors                  // or nil: nothing is published
 	flows *share[netip.Addr]     // by the client
-	dials *share[netip.AddrPort] // by what is reached
+	dials *share[netip.AddrPort] // by what is reached, see Ends.port
 	// patience is how long the guest may take to answer.
 	patience time.Duration
 	// serve listens on an event loop, where there is one.
@@ -75,8 +77,8 @@ type inbounds struct {
 	workers sync.WaitGroup
 }
 
-func newInbounds(most int) *inbounds {
-	in := &inbounds{flows: newShare[netip.Addr](most), dials: newShare[netip.AddrPort](inboundDials), patience: inboundPatience}
+func newInbounds(most, dials int) *inbounds {
+	in := &inbounds{flows: newShare[netip.Addr](most), dials: newShare[netip.AddrPort](dials), patience: inboundPatience}
 	in.ctx, in.cancel = context.WithCancel(context.Background())
 	return in
 }
@@ -214,13 +216,13 @@ func (f *Forwarder) welcome(c client, in *Inbound) {
 
 // serveClient connects the guest and relays, beginning with the way of p.
 func (f *Forwarder) serveClient(ctx context.Context, c client, in *Inbound, p passage) {
-	to := p.to
-	if !f.in.dials.take(to) {
+	waits := f.in.doors.Ends().port(p.to)
+	if !f.in.dials.take(waits) {
 		f.refuse(c, in, p, errDialLimit)
 		return
 	}
 	guest, fl, err := f.enter(ctx, c.addr, in, &p)
-	f.in.dials.give(to)
+	f.in.dials.give(waits)
 	if err == nil && in.Proxy {
 		if _, err = guest.Write(proxyHeader(c.addr, c.at)); err != nil {
 			guest.Abort()

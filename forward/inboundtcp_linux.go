@@ -158,7 +158,7 @@ type inboundDial struct {
 	client  netip.AddrPort
 	conn    int // the client's socket
 	passage passage
-	counts  netip.AddrPort // where, as one that waits
+	waits   netip.AddrPort // what it counts for, see Ends.port
 	flow    *flow.Flow     // of this try, or nil
 
 	guest int // the guest's socket, or -1
@@ -174,12 +174,12 @@ func (s *Sockets) welcome(conn int, addr netip.AddrPort, in *Inbound) {
 		unix.SetsockoptString(conn, unix.SOL_TCP, unix.TCP_CONGESTION, unpaced)
 	}
 	p := in.passage(flow.TCP, addr, s.f.in.doors)
-	d := &inboundDial{s: s, in: in, client: addr, conn: conn, passage: p, counts: p.to, guest: -1}
+	d := &inboundDial{s: s, in: in, client: addr, conn: conn, passage: p, waits: s.f.in.doors.Ends().port(p.to), guest: -1}
 	if p.way == Wire {
 		d.toGoroutine()
 		return
 	}
-	if !s.f.in.dials.take(p.to) {
+	if !s.f.in.dials.take(d.waits) {
 		s.f.refused(addr, in, p, errDialLimit)
 		resetFD(conn)
 		return
@@ -379,7 +379,7 @@ func (d *inboundDial) end() {
 		d.timer.Stop()
 	}
 	delete(d.s.inbound, d)
-	d.s.f.in.dials.give(d.counts)
+	d.s.f.in.dials.give(d.waits)
 }
 
 // acceptClient takes a connection from the queue of ln, which Go's poller watches.

@@ -27,7 +27,7 @@ type joined struct {
 // join dials two loopback connections and relays between them.
 func join(t *testing.T, ctx context.Context) *joined {
 	t.Helper()
-	f := &Forwarder{table: table.New(), tcp: newShare[netip.Addr](10), in: newInbounds(10), relays: make(map[*relay]struct{})}
+	f := &Forwarder{table: table.New(), tcp: newShare[netip.Addr](10), in: newInbounds(10, 10), relays: make(map[*relay]struct{})}
 	f.idle.L = &f.mu
 	ours, guest := connected(t)
 	theirs, target := connected(t)

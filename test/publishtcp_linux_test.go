@@ -207,6 +207,43 @@ func testPublishFallback(t *testing.T, p *publishable) {
 	p.sameClientPort(t)
 }
 
+// TestPublishDialLimit: clients of a port that does not answer take no more than their part of
+// the dials.
+func TestPublishDialLimit(t *testing.T) {
+	needPublish(t)
+	for _, k := range kinds {
+		if k.native || k.rootless {
+			continue
+		}
+		t.Run(k.name, func(t *testing.T) {
+			n := newTopology(t)
+			e := startUp(t, n, k.user, "limits.dials = 6\npath = \""+k.path+"\"\n")
+			tellSource(t, e.guest, enginePort)
+			if err := (iptables("nft")).load(e.guest, "filter -I INPUT -p tcp --dport 84 -j DROP"); err != nil {
+				t.Fatal(err)
+			}
+			e.publish(t, "18081:81", "18084:84")
+			for _, f := range families {
+				_, _, other := clientsOf(n, f)
+				for range 10 {
+					c, err := n.World.DialFrom("tcp", at(other.from, 0), at(hostOf(f), 18084))
+					if err == nil {
+						t.Cleanup(func() { c.Close() })
+					} else if !errors.Is(err, syscall.ECONNRESET) { // those beyond the limit
+						t.Fatal(err)
+					}
+				}
+				if s, err := other.ask("tcp", netip.AddrPortFrom(hostOf(f), 18081)); err != nil || s.seen != s.own {
+					t.Errorf("%s: beside a port that does not answer, seen as %v: %v", f.name, s.seen, err)
+				}
+			}
+			if p := portAt(t, e, 18084); p.Counters.Refused == 0 {
+				t.Errorf("nobody was refused at the limit: %+v", p.Counters)
+			}
+		})
+	}
+}
+
 // TestPublishOtherFamily: a server of one family serves the clients of both, as the gateway,
 // but for those whom the guest's firewall refuses.
 func TestPublishOtherFamily(t *testing.T) {

@@ -49,7 +49,8 @@ type Settings struct {
 	// LogLevel is the least level that is logged.
 	LogLevel slog.Level
 
-	// MaxDials bounds the TCP targets being dialled at one time, 1..65536.
+	// MaxDials bounds the TCP targets being dialled at one time, 1..65536, and as many
+	// clients of published ports for whom the guest is.
 	MaxDials int
 
 	// MaxUDP bounds the UDP mappings, 1..1048576.

@@ -238,7 +238,8 @@ func (e *engine) makeServices(s *services, tun *os.File) error {
 		return err
 	}
 	e.forward = forward.New(forward.Config{
-		Guest: e.stack, Table: e.table, Policy: e.policy, Log: e.log, MaxUDP: e.cfg.MaxUDP,
+		Guest: e.stack, Table: e.table, Policy: e.policy, Log: e.log,
+		MaxUDP: e.cfg.MaxUDP, MaxDials: e.cfg.MaxDials,
 	})
 	s.onStop(e.forward.Close)
 	e.openBook(s)
