@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"os"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -198,7 +199,7 @@ func (in *Inbound) passageTo(to netip.AddrPort, container bool, proto flow.Proto
 // end.
 func (in *Inbound) after(p passage, err error, proto flow.Proto, client netip.AddrPort, d Doors) passage {
 	switch {
-	case closedWay(err):
+	case closedWay(err), p.within() && silence(err):
 		return p.otherwise(client, d)
 	case refusal(err):
 		return in.second(p, proto, client, d)
@@ -226,6 +227,16 @@ func (in *Inbound) second(p passage, proto flow.Proto, client netip.AddrPort, d 
 		return in.passageTo(to, false, proto, client, d)
 	}
 	return passage{way: NoWay}
+}
+
+// within reports whether p stays inside the guest although another way is by the wire. The
+// guest's own rules may drop what comes from within, of an address they do not know,
+// and let in what comes from outside.
+func (p passage) within() bool { return p.way == Transparent && !p.indirect }
+
+// silence reports whether err is that nobody answered in time.
+func silence(err error) bool {
+	return errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded)
 }
 
 // refusal reports whether err is an answer rather than silence.

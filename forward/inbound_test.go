@@ -255,8 +255,32 @@ func TestPassageSecond(t *testing.T) {
 		if again := c.in.after(p, syscall.ECONNREFUSED, flow.TCP, client, d); again.way != NoWay {
 			t.Errorf("%s: then %+v, want no other", c.name, again)
 		}
-		if late := c.in.after(c.in.passage(flow.TCP, client, d), os.ErrDeadlineExceeded, flow.TCP, client, d); late.way != NoWay {
-			t.Errorf("%s: after silence %+v, want nothing", c.name, late)
+	}
+}
+
+// TestPassageSilence: who gets no answer from within comes by the wire, once, unless the wire
+// leads to nobody.
+func TestPassageSilence(t *testing.T) {
+	d, loopback := dockerDoors(true), ap("127.0.0.1:40000")
+	for _, c := range []struct {
+		name   string
+		in     Inbound
+		client netip.AddrPort
+		want   passage
+	}{
+		{"from within", inWildcard, loopback, passage{Wire, ap(gateway4), ap("192.168.65.3:8080"), false, ""}},
+		{"by the wire", with(inWildcard, func(in *Inbound) { in.Either = true }), ap("198.51.100.7:40000"), passage{}},
+		{"not direct", inIndirect, loopback, passage{}},
+		{"guest's loopback", inLoopback, loopback, passage{}},
+	} {
+		for _, silence := range []error{os.ErrDeadlineExceeded, context.DeadlineExceeded} {
+			p := c.in.after(c.in.passage(flow.TCP, c.client, d), silence, flow.TCP, c.client, d)
+			if p != c.want {
+				t.Errorf("%s: %+v, want %+v", c.name, p, c.want)
+			}
+			if again := c.in.after(p, silence, flow.TCP, c.client, d); again.way != NoWay {
+				t.Errorf("%s: then %+v, want no other", c.name, again)
+			}
 		}
 	}
 }

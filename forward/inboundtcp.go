@@ -34,7 +34,8 @@ import (
 //     is no loop. A client of the loop whose way is the wire is handed over to one.
 //
 // Where a way turns out not to be open (the client's port is connected already, no socket
-// or port is to be had) the next one is taken, see passage.otherwise. A guest that
+// or port is to be had; from within nobody answers for withinPatience, as the guest's rules
+// may want) the next one is taken, see passage.otherwise. A guest that
 // refuses has refused, but for a server that is of the other family only, see
 // Inbound.second.
 //
@@ -50,6 +51,9 @@ import (
 
 const (
 	inboundPatience = 10 * time.Second
+	// withinPatience is that of a way inside the guest which has another behind it: the
+	// kernel has repeated its SYN, after 1 s, to no avail.
+	withinPatience = 1500 * time.Millisecond
 	// inboundDials bounds the connections that the guest has not answered yet, where
 	// Config.MaxDials does not.
 	inboundDials = 4096
@@ -81,6 +85,14 @@ func newInbounds(most, dials int) *inbounds {
 	in := &inbounds{flows: newShare[netip.Addr](most), dials: newShare[netip.AddrPort](dials), patience: inboundPatience}
 	in.ctx, in.cancel = context.WithCancel(context.Background())
 	return in
+}
+
+// patienceWith is how long the guest may take by the way of p.
+func (i *inbounds) patienceWith(p passage) time.Duration {
+	if p.within() {
+		return min(i.patience, withinPatience)
+	}
+	return i.patience
 }
 
 // run starts f, unless it is too late; close waits for it.
@@ -288,6 +300,8 @@ func (f *Forwarder) enterBy(ctx context.Context, p passage) (flow.Conn, error) {
 	if p.way == Wire {
 		return f.in.doors.Dial(ctx, p.from, p.to)
 	}
+	ctx, cancel := context.WithTimeout(ctx, f.in.patienceWith(p))
+	defer cancel()
 	return dialInside(ctx, f.in.doors, p)
 }
 

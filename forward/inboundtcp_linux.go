@@ -288,9 +288,15 @@ func (d *inboundDial) connect(fd int, err error) {
 		d.failed(err)
 		return
 	}
-	d.timer = time.AfterFunc(d.s.f.in.patience, func() {
-		d.s.loop.Post(func() { d.refuse(os.ErrDeadlineExceeded) })
+	var timer *time.Timer
+	timer = time.AfterFunc(d.s.f.in.patienceWith(d.passage), func() {
+		d.s.loop.Post(func() {
+			if d.timer == timer { // else this try is over
+				d.failed(os.ErrDeadlineExceeded)
+			}
+		})
 	})
+	d.timer = timer
 }
 
 // bindFrom gives fd the source address of p, if there is one.
@@ -377,6 +383,7 @@ func (d *inboundDial) end() {
 	d.over = true
 	if d.timer != nil {
 		d.timer.Stop()
+		d.timer = nil
 	}
 	delete(d.s.inbound, d)
 	d.s.f.in.dials.give(d.waits)

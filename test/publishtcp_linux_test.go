@@ -244,6 +244,29 @@ func TestPublishDialLimit(t *testing.T) {
 	}
 }
 
+// TestPublishWithin: where the guest's rules know nothing of the gateway within, clients of the
+// host's loopback come by the device.
+func TestPublishWithin(t *testing.T) {
+	eachPublishable(t, engineOptions{}, func(t *testing.T, p *publishable) {
+		if err := p.bridge.tables.load(p.ns, "filter -I INPUT -i lo -p tcp --dport 81 -j DROP"); err != nil {
+			t.Fatal(err)
+		}
+		p.engine.publish(t, "18081:81")
+		var wg sync.WaitGroup
+		for _, f := range families {
+			loopback, _, _ := clientsOf(p.net, f)
+			wg.Go(func() {
+				begin := time.Now()
+				s, err := loopback.ask("tcp", netip.AddrPortFrom(loopback.from, 18081))
+				if problem := s.differs("gateway", f); err != nil || problem != "" || time.Since(begin) > 8*time.Second {
+					t.Errorf("%s, after %v: %s %v", f.name, time.Since(begin), problem, err)
+				}
+			})
+		}
+		wg.Wait()
+	})
+}
+
 // TestPublishOtherFamily: a server of one family serves the clients of both, as the gateway,
 // but for those whom the guest's firewall refuses.
 func TestPublishOtherFamily(t *testing.T) {
