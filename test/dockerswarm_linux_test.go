@@ -81,7 +81,7 @@ func (s *swarm) serveIngress(t *testing.T, guest *topo.NS, service string, port 
 		s.inside(t, task)
 		return false
 	}
-	fmt.Fprintf(os.Stderr, "%s: this kernel has no IPVS (CONFIG_IP_VS): a swarm's ingress is tested up to it\n", t.Name())
+	note(t, "this kernel has no IPVS (CONFIG_IP_VS): a swarm's ingress is tested up to it")
 	sandbox, err := topo.OpenNS("ingress", fmt.Sprintf("/proc/%d/root%s/netns/ingress_sbox", s.pid(), s.exec))
 	if err != nil {
 		t.Fatal(err)

@@ -371,6 +371,11 @@ func missing(t testing.TB, format string, args ...any) {
 	t.Skipf("missing: %s", what)
 }
 
+// note says what a test that goes on leaves out here; make test shows it.
+func note(t testing.TB, format string, args ...any) {
+	fmt.Fprintf(os.Stderr, "NOTE: %s: %s\n", t.Name(), fmt.Sprintf(format, args...))
+}
+
 // need skips the test unless namespaces work and the commands exist.
 func need(t testing.TB, commands ...string) {
 	t.Helper()

@@ -1,8 +1,8 @@
 // Command tally reads the events of `go test -json` from its standard input and
 // prints one line for each package with tests, the output of whatever failed, the
-// reason of every skip, and in the end how many tests passed, failed and were
-// skipped. It exits with 1 if a test failed, or if one was skipped and the
-// environment says NETNS_TESTS=require, or if no test ran at all.
+// reason of every skip, lines that begin with "NOTE: ", and in the end how many tests
+// passed, failed and were skipped. It exits with 1 if a test failed, or if one was
+// skipped and the environment says NETNS_TESTS=require, or if no test ran at all.
 package main
 
 import (
@@ -87,6 +87,9 @@ func (t *tally) take(e event) {
 	}
 	switch e.Action {
 	case "output":
+		if strings.HasPrefix(e.Output, "NOTE: ") {
+			io.WriteString(t.out, e.Output)
+		}
 		s.output[e.Test] = append(s.output[e.Test], e.Output)
 	case "pass", "fail", "skip":
 		if e.Test != "" {

@@ -33,6 +33,8 @@ func TestTally(t *testing.T) {
 			`{"Action":"fail","Package":"p"}`, false, false, []string{"0 passed, 1 failed"}},
 		{"skip", `{"Action":"output","Package":"p","Test":"TestB","Output":"no tun\n"}` + "\n" + `{"Action":"skip","Package":"p","Test":"TestB"}` + "\n" + pass,
 			false, true, []string{"    no tun\n", "1 passed, 0 failed, 1 skipped"}},
+		{"a note of a test that passes", `{"Action":"output","Package":"p","Test":"TestA","Output":"NOTE: TestA: half of it\n"}` + "\n" + pass,
+			true, true, []string{"NOTE: TestA: half of it\n", "1 passed"}},
 		{"skip where none may be", `{"Action":"skip","Package":"p","Test":"TestB"}` + "\n" + pass, true, false, []string{"NETNS_TESTS=require"}},
 		{"build", `{"ImportPath":"p","Action":"build-output","Output":"x.go:1: oops\n"}` + "\n" + `{"Action":"fail","Package":"p"}`, false, false,
 			[]string{"x.go:1: oops", "0 passed, 1 failed"}},
