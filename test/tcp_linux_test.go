@@ -157,7 +157,7 @@ func TestSlowReader(t *testing.T) {
 	// What the kernels on both sides and slipway may hold for one connection:
 	// tcp_wmem and tcp_rmem limits of 4 and 6 MiB on each leg, and our buffers.
 	const held = 32 << 20
-	eachGuestAtOnce(t, func(t *testing.T, g *guest) {
+	eachGuest(t, func(t *testing.T, g *guest) {
 		eachFamily(t, func(t *testing.T, f family) {
 			data := pattern(size)
 			wrote := make(chan int, 1)
