@@ -88,7 +88,7 @@ type publishedSocket interface {
 // inboundSockets opens the sockets of published ports. What they receive goes to
 // fromClient, and to fromHost and hostError of a client.
 type inboundSockets interface {
-	// listen receives from c, which stays its owner's but is read by nobody else.
+	// listen receives from c, which nobody else uses; it may close it.
 	listen(c *net.UDPConn, p *udpPort) (publishedSocket, error)
 	// adopt takes fd, a UDP socket of the guest's namespace.
 	adopt(fd int, v6 bool, c *udpClient) (udpSocket, error)
@@ -175,8 +175,8 @@ func newUDPPorts(maps *udpMaps, sockets inboundSockets) *udpPorts {
 	return u
 }
 
-// ServeUDP carries the clients of a published port until the Closer is closed. c stays the
-// caller's, who reads nothing from it, and closes it after the Closer.
+// ServeUDP carries the clients of a published port until the Closer is closed. The caller
+// does nothing with c any more but close it, after the Closer; it may be closed already.
 func (f *Forwarder) ServeUDP(c *net.UDPConn, in *Inbound) (io.Closer, error) {
 	if f.in.doors == nil {
 		return nil, fmt.Errorf("publish %v/udp: %w", c.LocalAddr(), errNoDoors)

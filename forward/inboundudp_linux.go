@@ -12,8 +12,8 @@ import (
 
 var _ inboundSockets = (*hostUDPSockets)(nil)
 
-// publishedUDP is a published port's socket: a second descriptor of the one that
-// package net has, which nobody reads there.
+// publishedUDP is a published port's socket: a descriptor of our own of the one that package
+// net had.
 type publishedUDP struct {
 	udpSender
 	port    *udpPort
@@ -28,6 +28,7 @@ func (u *hostUDPSockets) listen(c *net.UDPConn, p *udpPort) (publishedSocket, er
 	if err != nil {
 		return nil, err
 	}
+	c.Close() // or Go's poller wakes up for each datagram, too
 	if err := reportLocal(fd, v6); err != nil {
 		unix.Close(fd)
 		return nil, err

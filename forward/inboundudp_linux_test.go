@@ -265,13 +265,25 @@ func TestInboundUDPAgain(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer conn.Close()
+		passedOn, err := conn.File()
+		conn.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer passedOn.Close()
 		client := dialUDP(t, conn.LocalAddr().(*net.UDPAddr).AddrPort())
 		defer client.Close()
 		for i := range 3 {
-			c, err := p.ServeUDP(conn, counters(inWildcard))
+			conn, err := net.FilePacketConn(passedOn)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c, err := p.ServeUDP(conn.(*net.UDPConn), counters(inWildcard))
 			if err != nil {
 				t.Fatalf("published for time %d: %v", i+1, err)
+			}
+			if err := conn.SetDeadline(time.Time{}); !errors.Is(err, net.ErrClosed) {
+				t.Errorf("Go's poller still watches it: %v", err)
 			}
 			client.Write([]byte("x"))
 			take(t, p.guest, &p.guest.datagrams)

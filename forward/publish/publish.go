@@ -72,7 +72,8 @@ const (
 
 // Carrier carries the clients that arrive on a socket of a published port into the
 // guest, until the returned Closer is closed. The socket stays the Book's to close,
-// which it does after the Closer; the Closer must not leave anybody reading it.
+// which it does after the Closer; the Closer must not leave anybody reading it. ServeUDP may
+// close c before, if it receives by a descriptor of its own.
 // The methods do not wait for a client. They are called without locks, also
 // for several ports at a time.
 type Carrier interface {
