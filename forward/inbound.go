@@ -50,6 +50,14 @@ type Doors interface {
 	// already.
 	Dial(ctx context.Context, from, to netip.AddrPort) (flow.Conn, error)
 
+	// Enter connects fd, a transparent socket of the guest's, to to from from by the wire,
+	// as Dial does, and it is the event loop's thread that calls it. then is told later
+	// on that thread, at most once: nil, or an error as Dial's, or ErrNoEntry where only
+	// Dial can. cancel ends it; fd is the caller's. Enters reports whether it may work for
+	// to. It is fast.
+	Enter(fd int, from, to netip.AddrPort, then func(error)) (cancel func(), err error)
+	Enters(to netip.AddrPort) bool
+
 	// Has reports whether sockets of a kind can be had at all. It is fast.
 	Has(SocketKind) bool
 	// Socket returns a socket of the guest's namespace, which does not block and is
@@ -67,6 +75,9 @@ type Doors interface {
 
 // ErrNoneReady is returned by Doors.Socket when it would have to wait.
 var ErrNoneReady = errors.New("no socket of the guest is at hand")
+
+// ErrNoEntry is what Doors.Enter tells where no socket can take the client's place.
+var ErrNoEntry = errors.New("no socket can take the client's place")
 
 // Ends are the addresses of a guest's network. Those of a family that it has not are the
 // zero Addr.
@@ -113,7 +124,7 @@ const (
 type SocketKind uint8
 
 // The kinds. A transparent one may be bound to an address that the namespace has not:
-// the gateway's, for which the rules of the kernel path keep the answers inside.
+// the gateway's or a client's, for which the rules of the kernel path keep the answers inside.
 const (
 	SocketTCP4 SocketKind = iota
 	SocketTCP6
@@ -137,7 +148,7 @@ type Way uint8
 // The ways.
 const (
 	NoWay       Way = iota // not at all
-	Wire                   // packets come in by the guest's device, see Doors.Dial
+	Wire                   // packets come in by the guest's device, see Doors.Dial and Enter
 	Transparent            // a transparent socket of the guest's namespace
 	Plain                  // an ordinary one, whose source address the guest chooses
 )

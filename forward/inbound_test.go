@@ -24,6 +24,12 @@ func (d *testDoors) Dial(context.Context, netip.AddrPort, netip.AddrPort) (flow.
 	return nil, errors.New("not in this test")
 }
 
+func (d *testDoors) Enters(netip.AddrPort) bool { return false }
+
+func (d *testDoors) Enter(int, netip.AddrPort, netip.AddrPort, func(error)) (func(), error) {
+	return nil, errors.New("not in this test")
+}
+
 func (d *testDoors) Has(k SocketKind) bool {
 	return d.transparent || k != SocketTransparent4 && k != SocketTransparent6
 }

@@ -28,10 +28,11 @@ import (
 // There are two datapaths:
 //
 //   - on the event loop (inboundtcp_linux.go): accept, connect and relay on the one thread
-//     of the kernel path, for ways that lead by a socket of the guest's namespace;
+//     of the kernel path, for ways that lead by a socket of the guest's namespace: the
+//     wire, too, where a socket can take the client's place (Doors.Enter);
 //   - on goroutines (here): one that accepts, and one for each client, which goes on as a
 //     Relay. It serves the way by the wire, which is gVisor's, and everything where there
-//     is no loop. A client of the loop whose way is the wire is handed over to one.
+//     is no loop. A client of the loop who cannot enter is handed over to one.
 //
 // Where a way turns out not to be open (the client's port is connected already, no socket
 // or port is to be had; from within nobody answers for withinPatience, as the guest's rules

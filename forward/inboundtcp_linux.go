@@ -161,13 +161,17 @@ type inboundDial struct {
 	waits   netip.AddrPort // what it counts for, see Ends.port
 	flow    *flow.Flow     // of this try, or nil
 
+	byDial bool   // the wire is to be taken by Doors.Dial
+	leave  func() // ends an Enter; nil without
+
 	guest int // the guest's socket, or -1
 	ref   loop.Ref
 	timer *time.Timer
 	over  bool
 }
 
-// welcome serves a new client on the loop, or has a goroutine do it if its way is the wire.
+// welcome serves a new client on the loop, or has a goroutine do it if its way is the wire
+// and no socket's.
 func (s *Sockets) welcome(conn int, addr netip.AddrPort, in *Inbound) {
 	count(in.Count.Clients)
 	if addr.Addr().IsLoopback() {
@@ -175,7 +179,7 @@ func (s *Sockets) welcome(conn int, addr netip.AddrPort, in *Inbound) {
 	}
 	p := in.passage(flow.TCP, addr, s.f.in.doors)
 	d := &inboundDial{s: s, in: in, client: addr, conn: conn, passage: p, waits: s.f.in.doors.Ends().port(p.to), guest: -1}
-	if p.way == Wire {
+	if p.way == Wire && !d.enters() && !d.taken() {
 		d.toGoroutine()
 		return
 	}
@@ -203,16 +207,20 @@ func (d *inboundDial) toGoroutine() {
 
 // try goes the way that the passage says.
 func (d *inboundDial) try() {
-	switch d.passage.way {
-	case NoWay:
+	switch {
+	case d.passage.way == NoWay:
 		d.refuse(errNoWay)
 		return
-	case Wire:
+	case d.passage.way == Wire && !d.enters() && d.taken():
+		d.failed(unix.EADDRINUSE)
+		return
+	case d.passage.way == Wire && !d.enters():
 		d.end()
 		d.toGoroutine()
 		return
 	}
 	d.flow = d.s.f.publishedFlow(d.client, d.passage)
+	d.flow.Path = flow.Kernel
 	if !d.s.f.open(d.flow) {
 		d.flow = nil
 		d.refuse(errFlowLimit)
@@ -226,10 +234,20 @@ func (d *inboundDial) try() {
 	d.connect(fd, err)
 }
 
+// enters reports whether the wire leads to a socket in the client's place.
+func (d *inboundDial) enters() bool {
+	return !d.byDial && d.passage.from.Port() != 0 && d.s.f.in.doors.Enters(d.passage.to)
+}
+
+// taken reports whether another socket is in the client's place.
+func (d *inboundDial) taken() bool {
+	return d.s.Live(flow.Tuple{Proto: flow.TCP, Guest: d.passage.to, Target: d.passage.from})
+}
+
 // kind is the kind of socket for the way.
 func (p passage) kind() SocketKind {
 	k := SocketTCP4
-	if p.way == Transparent {
+	if p.way != Plain {
 		k = SocketTransparent4
 	}
 	return k.forFamily(p.to.Addr())
@@ -266,6 +284,13 @@ func (d *inboundDial) connect(fd int, err error) {
 		return
 	}
 	d.guest = fd
+	if d.passage.way == Wire {
+		d.limit()
+		if d.leave, err = d.s.f.in.doors.Enter(fd, d.passage.from, d.passage.to, d.entered); err != nil {
+			d.failed(err)
+		}
+		return
+	}
 	if err := bindFrom(fd, d.passage); err != nil {
 		d.failed(err)
 		return
@@ -288,6 +313,11 @@ func (d *inboundDial) connect(fd int, err error) {
 		d.failed(err)
 		return
 	}
+	d.limit()
+}
+
+// limit bounds how long the guest may take.
+func (d *inboundDial) limit() {
 	var timer *time.Timer
 	timer = time.AfterFunc(d.s.f.in.patienceWith(d.passage), func() {
 		d.s.loop.Post(func() {
@@ -297,6 +327,16 @@ func (d *inboundDial) connect(fd int, err error) {
 		})
 	})
 	d.timer = timer
+}
+
+// entered is told how an Enter went.
+func (d *inboundDial) entered(err error) {
+	d.leave = nil
+	if err != nil {
+		d.failed(err)
+		return
+	}
+	d.connected()
 }
 
 // bindFrom gives fd the source address of p, if there is one.
@@ -335,18 +375,24 @@ func (d *inboundDial) connected() {
 	}
 	d.end()
 	d.flow.SetState(flow.Open)
-	d.s.join(d.guest, d.conn, d.flow)
+	if p := d.s.join(d.guest, d.conn, d.flow); d.passage.way == Wire && !p.over {
+		d.s.byTuple[d.flow.Tuple] = p
+	}
 }
 
 // failed tries the next way, if there is one, and else resets the client.
 func (d *inboundDial) failed(err error) {
-	next := d.in.after(d.passage, err, flow.TCP, d.client, d.s.f.in.doors)
+	next := d.passage
+	noEntry := errors.Is(err, ErrNoEntry)
+	if !noEntry {
+		next = d.in.after(d.passage, err, flow.TCP, d.client, d.s.f.in.doors)
+	}
 	if next.way == NoWay {
 		d.refuse(err)
 		return
 	}
 	d.letGo()
-	d.passage = next
+	d.passage, d.byDial = next, noEntry
 	d.try()
 }
 
@@ -355,6 +401,10 @@ func (d *inboundDial) letGo() {
 	if d.timer != nil {
 		d.timer.Stop()
 		d.timer = nil
+	}
+	if d.leave != nil {
+		d.leave()
+		d.leave = nil
 	}
 	if d.guest >= 0 {
 		d.s.loop.Forget(d.ref)

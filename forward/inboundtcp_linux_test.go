@@ -32,6 +32,11 @@ type hostDoors struct {
 	slow      bool                                // no socket is at hand at first
 	noSockets error                               // why there is none, or nil
 	dial      func(from, to netip.AddrPort) error // fails a Dial, or is nil
+	// enter is what comes of an Enter, later; nil is that nobody enters.
+	enter func(fd int, from, to netip.AddrPort) error
+	post  func(func()) bool // the loop's
+	left  atomic.Int32      // Enters that were cancelled
+	shut  atomic.Bool       // nobody enters any more
 
 	mu    sync.Mutex
 	dials []string // from > to
@@ -48,6 +53,24 @@ func (d *hostDoors) Dial(ctx context.Context, from, to netip.AddrPort) (flow.Con
 	}
 	return dialTCP(ctx, to)
 }
+
+func (d *hostDoors) Enters(netip.AddrPort) bool { return d.enter != nil && !d.shut.Load() }
+
+func (d *hostDoors) Enter(fd int, from, to netip.AddrPort, then func(error)) (cancel func(), err error) {
+	over := false
+	d.post(func() {
+		if err := d.enter(fd, from, to); !over && err != errNever {
+			then(err)
+		}
+	})
+	return func() {
+		over = true
+		d.left.Add(1)
+	}, nil
+}
+
+// errNever has an Enter not end.
+var errNever = errors.New("never")
 
 func (d *hostDoors) Socket(k SocketKind, wait bool) (int, error) {
 	switch {
@@ -570,4 +593,99 @@ func TestInboundWays(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A client by the wire whose place a socket takes; and what is done where none can.
+func TestInboundEnters(t *testing.T) {
+	if !inChild(t) {
+		return
+	}
+	if out, err := exec.Command("sh", "-ec", inboundHosts).CombinedOutput(); err != nil {
+		missing(t, errors.New(string(out)))
+	}
+	in := Inbound{Guest: ap("192.168.65.3:8080"), Wildcard: true, Preserve: true}
+	echoListener(t, in.Guest.String())
+	connect := func(fd int, _, to netip.AddrPort) error {
+		unix.SetNonblock(fd, false)
+		defer unix.SetNonblock(fd, true)
+		return unix.Connect(fd, sockaddr(to))
+	}
+	fails := func(err error) func(int, netip.AddrPort, netip.AddrPort) error {
+		return func(int, netip.AddrPort, netip.AddrPort) error { return err }
+	}
+	serve := func(t *testing.T, enter func(int, netip.AddrPort, netip.AddrPort) error, slow bool) (*published, *hostDoors) {
+		doors := &hostDoors{enter: enter, slow: slow}
+		doors.testDoors = *dockerDoors(true)
+		p := publishTCP(t, true, "198.51.100.7:0", in, doors, func(f *Forwarder) { f.in.patience = time.Second })
+		doors.post = p.s.loop.Post
+		return p, doors
+	}
+	for _, c := range []struct {
+		name    string
+		err     error
+		dial    string
+		gateway uint64
+	}{
+		{"entered", nil, "", 0},
+		{"no entry", ErrNoEntry, "client > 192.168.65.3:8080", 0},
+		{"in use", &DialError{Err: syscall.EADDRINUSE}, "192.168.65.1:0 > 192.168.65.3:8080", 1},
+	} {
+		for _, slow := range []bool{false, true} {
+			enter := fails(c.err)
+			if c.err == nil {
+				enter = connect
+			}
+			p, doors := serve(t, enter, slow)
+			conn := p.callFrom("198.51.100.7:0")
+			own := conn.LocalAddr().String()
+			if _, err := conn.Read(make([]byte, 1)); err != nil {
+				t.Fatal(err)
+			}
+			flows := p.tab.Snapshot()
+			if len(flows) != 1 || (flows[0].Path == flow.Kernel) != (c.err == nil) {
+				t.Errorf("%s: the flows are %+v", c.name, flows)
+			}
+			if c.err == nil {
+				p.s.loop.Do(func() {
+					if !p.s.Live(flows[0].Tuple) {
+						t.Errorf("%s: it is not known", c.name)
+					}
+				})
+			}
+			converse(t, conn, 100000)
+			doors.mu.Lock()
+			want := c.dial
+			if rest, ok := bytes.CutPrefix([]byte(want), []byte("client")); ok {
+				want = own + string(rest)
+			}
+			if want == "" && len(doors.dials) > 0 || want != "" && (len(doors.dials) != 1 || doors.dials[0] != want) {
+				t.Errorf("%s: dialled %q, want %q", c.name, doors.dials, want)
+			}
+			doors.mu.Unlock()
+			if n := p.gateway.Load(); n != c.gateway {
+				t.Errorf("%s: %d counted as seen as the gateway, want %d", c.name, n, c.gateway)
+			}
+		}
+	}
+	for name, err := range map[string]error{"refused": syscall.ECONNREFUSED, "silent": errNever} {
+		p, doors := serve(t, fails(err), false)
+		p.wantReset()
+		if n := doors.left.Load(); p.refused.Load() != 1 || n != 0 && err != errNever || n != 1 && err == errNever || len(doors.dials) != 0 {
+			t.Errorf("%s: %d refused, %d cancelled, dialled %q", name, p.refused.Load(), n, doors.dials)
+		}
+	}
+	// Its numbers are not dialled a second time, when nobody enters any more.
+	p, doors := serve(t, connect, false)
+	first := p.callFrom("198.51.100.7:0")
+	if _, err := first.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	doors.shut.Store(true)
+	tuple := p.tab.Snapshot()[0].Tuple
+	p.s.loop.Do(func() {
+		d := &inboundDial{s: p.s, passage: passage{way: Wire, from: tuple.Target, to: tuple.Guest}}
+		if d.enters() || !d.taken() {
+			t.Error("the same numbers could be dialled")
+		}
+	})
 }

@@ -245,7 +245,8 @@ func resetFD(fd int) {
 	unix.Close(fd)
 }
 
-// Live reports whether t is a joined connection whose guest has not been reset.
+// Live reports whether t is a joined connection whose guest has not been reset: one that
+// the guest began, or that Doors.Enter has made.
 func (s *Sockets) Live(t flow.Tuple) bool {
 	p := s.byTuple[t]
 	return p != nil && p.last == nil

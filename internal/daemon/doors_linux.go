@@ -12,6 +12,7 @@ import (
 	"github.com/slipway-net/slipway/forward"
 	"github.com/slipway-net/slipway/internal/flow"
 	"github.com/slipway-net/slipway/internal/nsagent"
+	"github.com/slipway-net/slipway/stack/kernel"
 )
 
 // doors are the ways into the guest. They implement forward.Doors.
@@ -54,17 +55,40 @@ func (d *doors) Dial(ctx context.Context, from, to netip.AddrPort) (flow.Conn, e
 	return d.engine.stack.Dial(ctx, from, to)
 }
 
+// Enters implements forward.Doors.
+func (d *doors) Enters(to netip.AddrPort) bool {
+	kind := forward.SocketTransparent4
+	if to.Addr().Is6() {
+		kind = forward.SocketTransparent6
+	}
+	return d.Has(kind) && d.engine.kernel.path.Enters(to)
+}
+
+// Enter implements forward.Doors.
+func (d *doors) Enter(fd int, from, to netip.AddrPort, then func(error)) (cancel func(), err error) {
+	cancel, err = d.engine.kernel.path.Enter(fd, from, to, func(err error) { then(entryError(err)) })
+	return cancel, entryError(err)
+}
+
+// entryError puts an error of the kernel path's into forward's words.
+func entryError(err error) error {
+	if errors.Is(err, kernel.ErrNoEntry) {
+		return forward.ErrNoEntry
+	}
+	return err
+}
+
 // Ends implements forward.Doors.
 func (d *doors) Ends() forward.Ends { return d.ends }
 
 // Has implements forward.Doors.
 func (d *doors) Has(k forward.SocketKind) bool {
-	kernel := d.engine.kernel
+	path := d.engine.kernel
 	switch k {
 	case forward.SocketTransparent4:
-		return kernel != nil && kernel.v4 == nil
+		return path != nil && path.v4 == nil
 	case forward.SocketTransparent6:
-		return kernel != nil && kernel.v6 == nil
+		return path != nil && path.v6 == nil
 	}
 	return true
 }

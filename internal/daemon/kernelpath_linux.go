@@ -99,7 +99,7 @@ func (k *kernelPath) open(s *services, e *engine) error {
 		}
 	}
 	k.path = kernel.New(kernel.Config{
-		Link: k.link, Loop: k.loop, Relay: k.sockets, Log: e.log,
+		Link: k.link, Loop: k.loop, Relay: k.sockets, Wire: e.stack, Log: e.log,
 		Listener4: fds[0], Listener6: fds[1],
 	})
 	s.onStop(k.path.Close)

@@ -213,6 +213,7 @@ func testInboundMarks(t *testing.T) {
 			if !strings.Contains(line, "tproxy") {
 				line = strings.ReplaceAll(line, "ct label set 124", "ct mark set ct mark or 0x1000")
 				line = strings.ReplaceAll(line, "ct label set 125", "ct mark set ct mark or 0x2000")
+				line = strings.ReplaceAll(line, "ct label ! 125", "ct mark and 0x2000 == 0")
 				line = strings.ReplaceAll(line, "ct label 124", "ct mark and 0x1000 == 0x1000")
 				line = strings.ReplaceAll(line, "ct label 125", "ct mark and 0x2000 == 0x2000")
 				marks = append(marks, line)

@@ -56,8 +56,9 @@ table %[1]s want {
 		meta mark and 0x1000 == 0x1000 meta mark set meta mark and 0xffffefff
 		iifname "slipway0" tcp flags & (fin | syn | rst | ack) == syn fib daddr type != local fib saddr oifname != "slipway0" tproxy to %[2]s meta mark set meta mark or 0x1000 accept
 		iifname "slipway0" tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 ct label set 124
-		tcp flags & (fin | syn | rst | ack) != syn ct direction reply ct label 125 meta mark set meta mark or 0x1000 accept
-		tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 meta mark set meta mark or 0x1000
+		tcp flags & syn == 0 ct direction reply ct label 125 meta mark set meta mark or 0x1000 accept
+		%[1]s daddr %[3]s tcp flags & (syn | ack) == syn | ack ct direction reply ct label 125 meta mark set meta mark or 0x1000 accept
+		tcp flags & syn == 0 socket transparent 1 meta mark set meta mark or 0x1000
 	}
 	chain output {
 		type route hook output priority -90
@@ -65,7 +66,9 @@ table %[1]s want {
 		tcp flags & (fin | syn | rst | ack) != syn ct direction original ct label 124 meta mark set meta mark or 0x1000 accept
 		oif lo tcp flags & (syn | ack) == syn | ack fib saddr type != local ct label set 124
 		%[1]s saddr %[3]s tcp flags & (fin | syn | rst | ack) == syn ct label set 125
-		tcp flags & (fin | syn | rst | ack) != syn ct direction reply ct label 125 meta mark set meta mark or 0x1000 accept
+		tcp flags & syn == 0 ct direction original ct label ! 125 fib saddr type != local ct label set 125
+		tcp flags & syn == 0 ct direction reply ct label 125 meta mark set meta mark or 0x1000 accept
+		%[1]s daddr %[3]s tcp flags & (syn | ack) == syn | ack ct direction reply ct label 125 meta mark set meta mark or 0x1000 accept
 	}
 }
 `

@@ -24,9 +24,10 @@ import (
 //				fib daddr type != local fib saddr oifname != TUN \
 //				tproxy to GATEWAY:PORT meta mark set meta mark | 0x1000 accept
 //			iifname TUN tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 ct label set 124
-//			tcp flags & (fin | syn | rst | ack) != syn ct direction reply ct label 125 \
+//			tcp flags & syn == 0 ct direction reply ct label 125 meta mark set meta mark | 0x1000 accept
+//			daddr GATEWAY tcp flags & (syn | ack) == syn | ack ct direction reply ct label 125 \
 //				meta mark set meta mark | 0x1000 accept
-//			tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 meta mark set meta mark | 0x1000
+//			tcp flags & syn == 0 socket transparent 1 meta mark set meta mark | 0x1000
 //		}
 //		chain output {
 //			type route hook output priority -90
@@ -35,7 +36,9 @@ import (
 //				meta mark set meta mark | 0x1000 accept
 //			oif lo tcp flags & (syn | ack) == syn | ack fib saddr type != local ct label set 124
 //			saddr GATEWAY tcp flags & (fin | syn | rst | ack) == syn ct label set 125
-//			tcp flags & (fin | syn | rst | ack) != syn ct direction reply ct label 125 \
+//			tcp flags & syn == 0 ct direction original ct label not 125 fib saddr type != local ct label set 125
+//			tcp flags & syn == 0 ct direction reply ct label 125 meta mark set meta mark | 0x1000 accept
+//			daddr GATEWAY tcp flags & (syn | ack) == syn | ack ct direction reply ct label 125 \
 //				meta mark set meta mark | 0x1000 accept
 //		}
 //		chain identity {
@@ -68,6 +71,14 @@ import (
 // OUTPUT, the one place where no packet of the wire is. It gets a label of its own. The
 // answers of a process here leave by OUTPUT and of a container by PREROUTING; their
 // socket is not found there where the guest's DNAT has led the connection elsewhere.
+//
+// So does a client whose handshake came in by the TUN (stack/kernel, Enter), when a socket
+// has taken its place: its first packet in OUTPUT is none of a handshake, and comes from
+// an address that is not local. No forwarded packet passes OUTPUT, and of a guest's own
+// socket with such an address the answers are to stay here, too. The look at the
+// addresses is for packets without the label only. A SYN-ACK to such a client leaves
+// by the TUN in any case: a label, or a socket in TIME_WAIT, would be an older
+// connection's. To the gateway it stays.
 //
 // The chains come after connection tracking and DNAT (priorities -200 and -100), so that
 // they see the addresses that the guest's rules chose.
@@ -102,8 +113,9 @@ const (
 	labelInbound  = 125
 )
 
-// connTag is what tells a connection of the kernel path: how it is seen, and set.
-type connTag struct{ has, set []expr.Any }
+// connTag is what tells a connection of the kernel path: how it is seen, seen not to be there,
+// and set.
+type connTag struct{ has, hasNot, set []expr.Any }
 
 // connTags are those of connections that the guest began, and of those to its ports.
 type connTags struct{ outbound, inbound connTag }
@@ -115,12 +127,13 @@ func markTags() connTags  { return connTags{markTag(KernelMark), markTag(inbound
 func labelTag(n int) connTag {
 	label := labelBits(n)
 	none := make([]byte, len(label))
+	bit := []expr.Any{
+		&expr.Ct{Key: expr.CtKeyLABELS, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: uint32(len(none)), Mask: label, Xor: none},
+	}
 	return connTag{
-		has: []expr.Any{
-			&expr.Ct{Key: expr.CtKeyLABELS, Register: 1},
-			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: uint32(len(none)), Mask: label, Xor: none},
-			&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: none},
-		},
+		has:    join(bit, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: none}),
+		hasNot: join(bit, equal(none)),
 		set: []expr.Any{
 			&expr.Immediate{Register: 1, Data: label},
 			&expr.Ct{Key: expr.CtKeyLABELS, Register: 1, SourceRegister: true},
@@ -136,8 +149,10 @@ func labelBits(n int) []byte {
 }
 
 func markTag(bit uint32) connTag {
+	is := []expr.Any{&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, masked(bit, 0)}
 	return connTag{
-		has: []expr.Any{&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, masked(bit, 0), equal(host32(bit))},
+		has:    join(is, equal(host32(bit))),
+		hasNot: join(is, equal(host32(0))),
 		set: []expr.Any{
 			&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, masked(^bit, bit),
 			&expr.Ct{Key: expr.CtKeyMARK, Register: 1, SourceRegister: true},
@@ -184,7 +199,10 @@ func (f nftFamily) kernelChains(tun string, listen netip.AddrPort, tags connTags
 	const all = tcpFIN | tcpSYN | tcpRST | tcpACK
 	begins, goesOn := tcpFlags(all, expr.CmpOpEq, tcpSYN), tcpFlags(all, expr.CmpOpNeq, tcpSYN)
 	syn := join(device(expr.MetaKeyIIFNAME, tun), begins, elsewhere(expr.Fib{FlagDADDR: true}), notFrom(tun))
-	answers := join(goesOn, direction(1), tags.inbound.has, setMark(), accept())
+	later := tcpFlags(tcpSYN, expr.CmpOpEq, 0)
+	answers := join(later, direction(1), tags.inbound.has, setMark(), accept())
+	connects := join(f.destination(), equal(listen.Addr().AsSlice()), tcpFlags(tcpSYN|tcpACK, expr.CmpOpEq, tcpSYN|tcpACK),
+		direction(1), tags.inbound.has, setMark(), accept())
 	return []nftChain{
 		{"raw", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, rawPriority, [][]expr.Any{
 			join(syn, &expr.Notrack{}),
@@ -196,7 +214,8 @@ func (f nftFamily) kernelChains(tun string, listen netip.AddrPort, tags connTags
 			// forgotten the label.
 			join(device(expr.MetaKeyIIFNAME, tun), goesOn, ofTransparent(), tags.outbound.set),
 			answers,
-			join(goesOn, ofTransparent(), setMark()),
+			connects,
+			join(later, ofTransparent(), setMark()),
 		}, ""},
 		{"output", nftables.ChainTypeRoute, nftables.ChainHookOutput, steerPriority, [][]expr.Any{
 			clearMark(),
@@ -207,14 +226,21 @@ func (f nftFamily) kernelChains(tun string, listen netip.AddrPort, tags connTags
 				tcpFlags(tcpSYN|tcpACK, expr.CmpOpEq, tcpSYN|tcpACK), elsewhere(expr.Fib{FlagSADDR: true}),
 				tags.outbound.set),
 			join(f.source(), equal(listen.Addr().AsSlice()), begins, tags.inbound.set),
+			join(later, direction(0), tags.inbound.hasNot, elsewhere(expr.Fib{FlagSADDR: true}), tags.inbound.set),
 			answers,
+			connects,
 		}, ""},
 	}
 }
 
 // source puts the packet's source address into register 1.
-func (f nftFamily) source() *expr.Payload {
-	return &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: f.srcStart, Len: f.addrLen}
+func (f nftFamily) source() *expr.Payload { return f.address(f.srcStart) }
+
+// destination does so with the destination, which follows it.
+func (f nftFamily) destination() *expr.Payload { return f.address(f.srcStart + f.addrLen) }
+
+func (f nftFamily) address(start uint32) *expr.Payload {
+	return &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: start, Len: f.addrLen}
 }
 
 // tproxy hands a packet to the socket at the address listen.

@@ -19,8 +19,8 @@ import (
 // SocketKind is a kind of socket.
 type SocketKind uint8
 
-// The kinds. A transparent one may be bound to
-// the gateway's address, for which the rules of the kernel path keep the answers inside.
+// The kinds. A transparent one may be bound to the gateway's address, or a client's,
+// for which the rules of the kernel path keep the answers inside.
 const (
 	SocketTCP4 SocketKind = iota
 	SocketTCP6

@@ -52,6 +52,7 @@ type Config struct {
 	Link  link.Link  // the guest's device
 	Loop  *loop.Loop // whose thread calls and is called
 	Relay Relay
+	Wire  Wire         // for Enter
 	Log   *slog.Logger // nil discards
 
 	// Listener4 and Listener6 are transparent listening sockets in the guest's
@@ -65,12 +66,14 @@ type Path struct {
 	log       *slog.Logger
 	listeners [2]listener
 	waiting   map[flow.Tuple]*answer
+	entrance  entrance
 	stats     counters
 }
 
-// counters count what became of SYNs that were written back.
+// counters count what became of SYNs that were written back, and of clients.
 type counters struct {
 	answered, unanswered, stray, acceptErrors atomic.Uint64
+	entered, unentered                        atomic.Uint64
 }
 
 // Stats are a Path's counters since its start.
@@ -79,6 +82,8 @@ type Stats struct {
 	Unanswered   uint64 // handshakes that it did not complete in time
 	Stray        uint64 // connections that nobody waited for, and were reset
 	AcceptErrors uint64 // accept(2) failed, as without descriptors
+	Entered      uint64 // clients of published ports whose place a socket took
+	Unentered    uint64 // and whose place it could not take although the guest answered
 }
 
 // listener is one of the two listening sockets.
@@ -128,6 +133,7 @@ func (p *Path) Stats() Stats {
 	return Stats{
 		Answered: p.stats.answered.Load(), Unanswered: p.stats.unanswered.Load(),
 		Stray: p.stats.stray.Load(), AcceptErrors: p.stats.acceptErrors.Load(),
+		Entered: p.stats.entered.Load(), Unentered: p.stats.unentered.Load(),
 	}
 }
 

@@ -17,8 +17,8 @@ import (
 
 // Theory of operation.
 //
-// Dial is the way into the guest: a client's connection whose packets come out of the
-// guest's device as from a network. The client's address is not ours. Towards the guest
+// Dial is the way into the guest by gVisor (handshake.go has another): a client's
+// connection whose packets come out of the guest's device as from a network. The client's address is not ours. Towards the guest
 // gVisor may send from any address, and the guest's answers take its default route,
 // which is the device; gVisor has an endpoint for these four numbers by then, so they
 // are its, on any path.
@@ -99,7 +99,7 @@ func (s *Stack) enterDial(p *pendingDial) error {
 	switch {
 	case s.dials.closed:
 		return syscall.ENETDOWN
-	case s.dials.byFlow[t] != nil:
+	case s.dials.byFlow[t] != nil, s.out.hasByHand(t):
 		return syscall.EADDRINUSE
 	case !s.out.begin(p, s.cfg.MaxDials):
 		return syscall.EAGAIN
@@ -184,6 +184,7 @@ func errnoOf(terr tcpip.Error) error {
 type pendingDial struct {
 	from, to netip.AddrPort
 	failed   chan error // has room for the one error that the guest's network sends
+	hand     *handshake // or this has no Dial
 }
 
 // tuple is the flow that the guest's packets of this connection seem to be.
@@ -191,8 +192,10 @@ func (p *pendingDial) tuple() flow.Tuple {
 	return flow.Tuple{Proto: flow.TCP, Guest: p.to, Target: p.from}
 }
 
-// pendingDials finds the Dial that an ICMP error is about.
+// pendingDials finds the Dial, or the Handshake, that something of the guest's is about.
 type pendingDials struct {
+	byHand atomic.Int32 // handshakes among them
+
 	mu     sync.Mutex // guards the fields below
 	n      int
 	byFlow map[flow.Tuple]*pendingDial
@@ -216,6 +219,11 @@ func (o *pendingDials) bound(p *pendingDial, ep tcpip.Endpoint) {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	o.add(p)
+}
+
+// add makes p known. The caller holds the lock.
+func (o *pendingDials) add(p *pendingDial) {
 	if o.byFlow == nil {
 		o.byFlow = make(map[flow.Tuple]*pendingDial)
 	}
@@ -227,6 +235,11 @@ func (o *pendingDials) bound(p *pendingDial, ep tcpip.Endpoint) {
 func (o *pendingDials) end(p *pendingDial) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	o.remove(p)
+}
+
+// remove forgets p. The caller holds the lock.
+func (o *pendingDials) remove(p *pendingDial) {
 	o.n--
 	if o.byFlow[p.tuple()] == p {
 		delete(o.byFlow, p.tuple())
@@ -236,8 +249,13 @@ func (o *pendingDials) end(p *pendingDial) {
 // fail ends the Dial of t, if there is one, with err.
 func (o *pendingDials) fail(t flow.Tuple, err error) {
 	o.mu.Lock()
-	defer o.mu.Unlock()
-	if p := o.byFlow[t]; p != nil {
+	p := o.byFlow[t]
+	o.mu.Unlock()
+	switch {
+	case p == nil:
+	case p.hand != nil:
+		p.hand.fail(err)
+	default:
 		select {
 		case p.failed <- err:
 		default: // it failed already

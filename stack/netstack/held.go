@@ -32,7 +32,8 @@ import (
 // A segment of a connection that the guest's kernel has is given back to it, SYN or not.
 // A repeated SYN may have waited in the device's queue while the first was answered; and
 // other segments come out when the rules that keep them inside are missing for a moment,
-// or conntrack has forgotten the connection.
+// or conntrack has forgotten the connection. Only a SYN-ACK is dropped: it was the answer to
+// a Handshake, which the guest repeats.
 //
 // A SYN of more than headLen bytes (one that carries data) and one for a connection
 // that gVisor has are gVisor's.
@@ -160,8 +161,13 @@ func (r *reader) hold(ip *ipInfo, segment []byte, toGateway bool) bool {
 		Guest:  netip.AddrPortFrom(ip.src, h.SourcePort()),
 		Target: netip.AddrPortFrom(ip.dst, h.DestinationPort()),
 	}
+	if s.out.byHand.Load() > 0 && s.byHand(t, h) {
+		return true
+	}
 	if s.kernel.Live(t) {
-		r.giveBack()
+		if h.Flags()&(header.TCPFlagSyn|header.TCPFlagAck) != header.TCPFlagSyn|header.TCPFlagAck {
+			r.giveBack()
+		}
 		return true
 	}
 	if r.n > headLen || h.Flags()&(header.TCPFlagSyn|header.TCPFlagAck|header.TCPFlagRst|header.TCPFlagFin) != header.TCPFlagSyn {
@@ -269,7 +275,7 @@ func (s *Stack) answered(d *dial, v flow.Verdict, ok bool) {
 func (s *Stack) resetGuest(d *dial) {
 	s.writeSegment(d.tuple.Target, d.tuple.Guest, header.TCPFields{
 		AckNum: d.seq() + 1, Flags: header.TCPFlagRst | header.TCPFlagAck,
-	})
+	}, nil)
 }
 
 // forgetHalfOpen has the guest's kernel forget the connection that the held SYN may
@@ -277,16 +283,19 @@ func (s *Stack) resetGuest(d *dial) {
 // forwards, the RST comes out again.
 func (s *Stack) forgetHalfOpen(d *dial) {
 	s.dials.ignoreReset(d)
-	s.writeSegment(d.tuple.Guest, d.tuple.Target, header.TCPFields{SeqNum: d.seq() + 1, Flags: header.TCPFlagRst})
+	s.writeSegment(d.tuple.Guest, d.tuple.Target, header.TCPFields{SeqNum: d.seq() + 1, Flags: header.TCPFlagRst}, nil)
 }
 
-// writeSegment writes a TCP segment without options or data into the guest's kernel.
-func (s *Stack) writeSegment(src, dst netip.AddrPort, f header.TCPFields) {
+// writeSegment writes a TCP segment without data into the guest's kernel. The options are
+// padded.
+func (s *Stack) writeSegment(src, dst netip.AddrPort, f header.TCPFields, options []byte) {
 	p := newPacket(src.Addr(), dst.Addr(), header.TCPProtocolNumber, 0, 0)
 	defer p.free()
-	f.SrcPort, f.DstPort, f.DataOffset = src.Port(), dst.Port(), header.TCPMinimumSize
-	h := header.TCP(p.transport(header.TCPMinimumSize))
+	n := header.TCPMinimumSize + len(options)
+	f.SrcPort, f.DstPort, f.DataOffset = src.Port(), dst.Port(), uint8(n)
+	h := header.TCP(p.transport(n))
 	h.Encode(&f)
+	copy(h[header.TCPMinimumSize:], options)
 	h.SetChecksum(0)
 	h.SetChecksum(^checksum.Checksum(h, pseudo(src.Addr(), dst.Addr(), header.TCPProtocolNumber, len(h))))
 	s.writePacket(p, link.Header{}, nil)

@@ -123,6 +123,9 @@ type Stack struct {
 	kernelTodo atomic.Bool  // kernel has something to catch up with
 	served     atomic.Int64 // connections that gVisor has
 
+	clockStart time.Time // of tcpClock
+	clockBase  uint32
+
 	ident atomic.Uint32 // IPv4 identification and IPv6 fragment identification of our own packets
 	stats counters
 
@@ -145,6 +148,7 @@ func New(cfg Config) (*Stack, error) {
 	s.kernel.Kernel = cfg.Kernel
 	s.dials.init(cfg.MaxDials)
 	s.ident.Store(rand.Uint32())
+	s.clockStart, s.clockBase = time.Now(), rand.Uint32()
 	s.ep = newEndpoint(cfg.Link, &s.stats)
 	s.ip = stack.New(stack.Options{
 		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
