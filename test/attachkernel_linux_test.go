@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -243,8 +244,10 @@ func testAttachKilled(t *testing.T, path, whom string) {
 	before := stateOf(t, guest.NS)
 	e := guest.attach(t, "--path", path)
 	expectPaths(t, e, path, path, "")
-	c, peer := connected(t, guestOf(e), families[0])
 	pid := e.cmd.Process.Pid
+	earlier := openFiles(t, pid)
+	c, peer := connected(t, guestOf(e), families[0])
+	expectClosedLast(t, earlier, openFiles(t, pid))
 	if whom == "agent" {
 		pid = readHealth(t, e).Engine.AgentPID
 	}
@@ -282,6 +285,43 @@ func testAttachKilled(t *testing.T, path, whom string) {
 	}
 	before.expect(t, guest.NS)
 	expectNetless(t, guest.NS)
+}
+
+// openFiles returns what the descriptors of a process lead to.
+func openFiles(t *testing.T, pid int) map[int]string {
+	t.Helper()
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := make(map[int]string, len(entries))
+	for _, e := range entries {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		all[fd], _ = os.Readlink(filepath.Join(dir, e.Name())) // it may be closed by now
+	}
+	return all
+}
+
+// expectClosedLast wants all descriptors of the TUN to have numbers below those that are
+// new in now: the kernel closes those of a killed process in falling order, and the
+// sockets of flows have to be reset while the guest still has its device.
+func expectClosedLast(t *testing.T, earlier, now map[int]string) {
+	t.Helper()
+	tun := -1
+	for fd, what := range now {
+		if what == "/dev/net/tun" {
+			tun = max(tun, fd)
+		}
+	}
+	for fd, what := range now {
+		if _, old := earlier[fd]; !old && fd < tun || tun < 0 {
+			t.Errorf("the flow has %s as descriptor %d, the TUN is %d", what, fd, tun)
+		}
+	}
 }
 
 // TestAttachedIsDeleted: the namespace loses its name while flows are live.

@@ -166,6 +166,10 @@ func (g *guest) awaitMapping() error {
 func (g *guest) serve() error {
 	requests := make(chan message)
 	go g.read(requests) // ends with the process
+	daemon := -1
+	if g.spec.Join != nil {
+		daemon, _ = unix.PidfdOpen(os.Getppid(), 0)
+	}
 	for m := range requests {
 		switch {
 		case m.Exec != nil:
@@ -180,8 +184,25 @@ func (g *guest) serve() error {
 		closeAll(m.files)
 	}
 	// The daemon is gone, and another one may be about to come.
+	awaitEnd(daemon)
 	g.takeBackKernel()
 	return g.end(g.spec.StopTimeout, nil)
+}
+
+// lastWordsLimit bounds awaitEnd.
+const lastWordsLimit = time.Second
+
+// awaitEnd waits until the process of a pidfd, if it is one, has closed all its files.
+// Those of a process that is killed are closed one by one: while the flows' sockets tell
+// the guests that it is over, loopback, rules and routes have to be there.
+func awaitEnd(pidfd int) {
+	end := time.Now().Add(lastWordsLimit)
+	for left := lastWordsLimit; pidfd >= 0 && left > 0; left = time.Until(end) {
+		_, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(left.Milliseconds())+1)
+		if err != unix.EINTR {
+			return
+		}
+	}
 }
 
 // message is a request with its files.

@@ -38,6 +38,10 @@ func Start(ctx context.Context, spec Spec, log *slog.Logger) (*Agent, error) {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return nil, &Error{Op: "prctl", On: "child subreaper", Err: err}
 	}
+	low, err := lowNumbers()
+	if err != nil {
+		return nil, err
+	}
 	a := newAgent(spec, log)
 	if spec.Join != nil {
 		err = a.spawnJoined()
@@ -45,21 +49,58 @@ func Start(ctx context.Context, spec Spec, log *slog.Logger) (*Agent, error) {
 		err = a.spawn()
 	}
 	if err != nil {
+		closeFDs(low)
 		return nil, err
 	}
 	stop := context.AfterFunc(ctx, func() { a.proc.Kill() })
 	err = a.handshake()
 	stop()
+	if err == nil {
+		err = a.lowerTUN(low)
+	}
 	if err != nil {
 		a.abandon()
+		closeFDs(low)
 		if ctx.Err() != nil {
 			return nil, fmt.Errorf("start the agent: %w", context.Cause(ctx))
 		}
 		return nil, err
 	}
-	a.spare = duplicate(a.tun)
 	a.serve()
 	return a, nil
+}
+
+// lowNumbers reserves the numbers for the descriptors of the TUN before anything else of
+// the engine is opened. The kernel closes the descriptors of a process that is killed from
+// the highest to the lowest (task_work_run of kernel/task_work.c). Where guests live on,
+// as after attach, the sockets of flows must be closed, and the guests told, while the
+// device and its addresses are there.
+func lowNumbers() (low []int, err error) {
+	for range 2 {
+		fd, err := unix.Open(os.DevNull, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			closeFDs(low)
+			return nil, &Error{Op: "open", On: os.DevNull, Err: err}
+		}
+		low = append(low, fd)
+	}
+	return low, nil
+}
+
+// lowerTUN gives the TUN and its spare descriptor the numbers of low, both of them: a file
+// is closed with the highest of its descriptors.
+func (a *Agent) lowerTUN(low []int) error {
+	high, err := rawFD(a.tun)
+	for i := 0; err == nil && i < len(low); i++ {
+		err = unix.Dup3(high, low[i], unix.O_CLOEXEC)
+	}
+	if err != nil {
+		return &Error{Op: "duplicate", On: a.spec.TUN.Name, Err: err}
+	}
+	name := a.tun.Name()
+	a.tun.Close()
+	a.tun, a.spare = os.NewFile(uintptr(low[0]), name), low[1]
+	return nil
 }
 
 // complete fills in defaults and checks what would otherwise fail late.
