@@ -3,6 +3,7 @@ package nsagent
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 
@@ -185,6 +186,9 @@ func listenOn(fd int, a netip.Addr) (port int, err error) {
 		err = makeTransparent(fd, familyOf(a))
 	}
 	if err == nil {
+		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, inboundMark)
+	}
+	if err == nil {
 		err = guestOptions(fd)
 	}
 	if err == nil {
@@ -208,16 +212,18 @@ func listenOn(fd int, a netip.Addr) (port int, err error) {
 	return 0, unix.EAFNOSUPPORT
 }
 
-// route keeps marked packets in the namespace. What a killed agent has left is as good.
+// route keeps marked packets in the namespace, and those with the gateway's bit that are
+// to the gateway. What a killed agent has left is as good.
 func (k *kernelFamily) route(nl *netlink.Handle, gateway netip.Addr) error {
-	mask := uint32(KernelMark)
-	rule := netlink.NewRule()
-	rule.Family, rule.Priority, rule.Table = familyOf(gateway), kernelRulePriority, kernelRoutes
-	rule.Mark, rule.Mask = KernelMark, &mask
-	if err := nl.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("ip rule add fwmark %#x: %w", KernelMark, err)
+	for bit, to := range map[uint32]*net.IPNet{KernelMark: nil, inboundMark: ipNet(netip.PrefixFrom(gateway, gateway.BitLen()))} {
+		rule := netlink.NewRule()
+		rule.Family, rule.Priority, rule.Table = familyOf(gateway), kernelRulePriority, kernelRoutes
+		rule.Mark, rule.Mask, rule.Dst = bit, &bit, to
+		if err := nl.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("ip rule add fwmark %#x: %w", bit, err)
+		}
+		k.undo = append(k.undo, func() { netlink.RuleDel(rule) })
 	}
-	k.undo = append(k.undo, func() { netlink.RuleDel(rule) })
 	all := netip.PrefixFrom(netip.IPv4Unspecified(), 0)
 	if gateway.Is6() {
 		all = netip.PrefixFrom(netip.IPv6Unspecified(), 0)

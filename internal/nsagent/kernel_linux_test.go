@@ -53,6 +53,7 @@ table %[1]s want {
 	}
 	chain prerouting {
 		type filter hook prerouting priority -90
+		iif lo accept
 		meta mark and 0x1000 == 0x1000 meta mark set meta mark and 0xffffefff
 		iifname "slipway0" tcp flags & (fin | syn | rst | ack) == syn fib daddr type != local fib saddr oifname != "slipway0" tproxy to %[2]s meta mark set meta mark or 0x1000 accept
 		iifname "slipway0" tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 ct label set 124
@@ -63,9 +64,11 @@ table %[1]s want {
 	chain output {
 		type route hook output priority -90
 		meta mark and 0x1000 == 0x1000 meta mark set meta mark and 0xffffefff
+		%[1]s daddr %[3]s meta mark and 0x2000 == 0x2000 accept
 		tcp flags & (fin | syn | rst | ack) != syn ct direction original ct label 124 meta mark set meta mark or 0x1000 accept
 		oif lo tcp flags & (syn | ack) == syn | ack fib saddr type != local ct label set 124
 		%[1]s saddr %[3]s tcp flags & (fin | syn | rst | ack) == syn ct label set 125
+		%[1]s saddr %[3]s accept
 		tcp flags & syn == 0 ct direction original ct label ! 125 fib saddr type != local ct label set 125
 		tcp flags & syn == 0 ct direction reply ct label 125 meta mark set meta mark or 0x1000 accept
 		%[1]s daddr %[3]s tcp flags & (syn | ack) == syn | ack ct direction reply ct label 125 meta mark set meta mark or 0x1000 accept
@@ -407,15 +410,17 @@ func testKernelStrictFilter(t *testing.T) {
 // Settings by which our mark would mean more than it should.
 func testKernelMarks(t *testing.T) {
 	inNamespace(t, func(t *testing.T) { // one of our own; it would be the host's that has it
-		for _, name := range []string{"conf/all/src_valid_mark", "conf/default/src_valid_mark", "tcp_fwmark_accept"} {
-			if err := changeSysctl(name, "1"); err != nil {
-				t.Error(err)
-			}
-			if err := admitMarks(true); err != nil {
-				t.Error(err)
-			}
-			if now, err := readSysctl(name); err != nil || now != "0" {
-				t.Errorf("%s is %q, %v", name, now, err)
+		for name, want := range map[string]string{"conf/all/src_valid_mark": "0", "conf/default/src_valid_mark": "0", acceptMark: "1"} {
+			for _, was := range []string{"0", "1"} {
+				if err := changeSysctl(name, was); err != nil {
+					t.Error(err)
+				}
+				if err := admitMarks(true); err != nil {
+					t.Error(err)
+				}
+				if now, err := readSysctl(name); err != nil || now != want {
+					t.Errorf("%s was %s and is %q, %v", name, was, now, err)
+				}
 			}
 		}
 	})

@@ -19,6 +19,7 @@ import (
 //		}
 //		chain prerouting {
 //			type filter hook prerouting priority -90
+//			iif lo accept
 //			meta mark & 0x1000 == 0x1000 meta mark set meta mark & 0xffffefff
 //			iifname TUN tcp flags & (fin | syn | rst | ack) == syn \
 //				fib daddr type != local fib saddr oifname != TUN \
@@ -32,10 +33,12 @@ import (
 //		chain output {
 //			type route hook output priority -90
 //			meta mark & 0x1000 == 0x1000 meta mark set meta mark & 0xffffefff
+//			daddr GATEWAY meta mark & 0x2000 == 0x2000 accept
 //			tcp flags & (fin | syn | rst | ack) != syn ct direction original ct label 124 \
 //				meta mark set meta mark | 0x1000 accept
 //			oif lo tcp flags & (syn | ack) == syn | ack fib saddr type != local ct label set 124
 //			saddr GATEWAY tcp flags & (fin | syn | rst | ack) == syn ct label set 125
+//			saddr GATEWAY accept
 //			tcp flags & syn == 0 ct direction original ct label not 125 fib saddr type != local ct label set 125
 //			tcp flags & syn == 0 ct direction reply ct label 125 meta mark set meta mark | 0x1000 accept
 //			daddr GATEWAY tcp flags & (syn | ack) == syn | ack ct direction reply ct label 125 \
@@ -71,14 +74,22 @@ import (
 // OUTPUT, the one place where no packet of the wire is. It gets a label of its own. The
 // answers of a process here leave by OUTPUT and of a container by PREROUTING; their
 // socket is not found there where the guest's DNAT has led the connection elsewhere.
+// The SYN also has a mark, which a server's socket here takes over from it
+// (net.ipv4.tcp_fwmark_accept, in a namespace of our own): it has a rule of ip-rule(8)
+// route all answers to loopback at once. To route each again for the label, when it had
+// been routed to the device, cost a fifth of the bulk to clients; and with the route come
+// segments as long as loopback's. Our listener has that mark, too: else its sockets would
+// take over the bit of the SYNs that are handed to it.
 //
-// So does a client whose handshake came in by the TUN (stack/kernel, Enter), when a socket
+// A label has also a client whose handshake came in by the TUN (stack/kernel, Enter), when a socket
 // has taken its place: its first packet in OUTPUT is none of a handshake, and comes from
 // an address that is not local. No forwarded packet passes OUTPUT, and of a guest's own
 // socket with such an address the answers are to stay here, too. The look at the
 // addresses is for packets without the label only. A SYN-ACK to such a client leaves
 // by the TUN in any case: a label, or a socket in TIME_WAIT, would be an older
 // connection's. To the gateway it stays.
+//
+// What comes in by loopback has been routed already when it was sent.
 //
 // The chains come after connection tracking and DNAT (priorities -200 and -100), so that
 // they see the addresses that the guest's rules chose.
@@ -102,8 +113,9 @@ const (
 // the kernel path there.
 const KernelMark = 0x1000
 
-// inboundMark is the bit of connection marks that stands for label 125 where there are
-// none. No packet ever has it.
+// inboundMark is the bit of packet marks of connections from the gateway's address; it
+// has packets to that address stay in the namespace, others not. Where there are no labels
+// it is also the bit of connection marks that stands for label 125.
 const inboundMark = 0x2000
 
 // The labels of connections, of 128: of those that the guest began, and of those to its
@@ -208,6 +220,7 @@ func (f nftFamily) kernelChains(tun string, listen netip.AddrPort, tags connTags
 			join(syn, &expr.Notrack{}),
 		}, ""},
 		{"prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, steerPriority, [][]expr.Any{
+			join(&expr.Meta{Key: expr.MetaKeyIIF, Register: 1}, equal(host32(loopback)), accept()),
 			clearMark(),
 			join(syn, f.tproxy(listen), setMark(), accept()),
 			// The daemon gives back what came out although it should not: conntrack had
@@ -219,6 +232,7 @@ func (f nftFamily) kernelChains(tun string, listen netip.AddrPort, tags connTags
 		}, ""},
 		{"output", nftables.ChainTypeRoute, nftables.ChainHookOutput, steerPriority, [][]expr.Any{
 			clearMark(),
+			join(f.destination(), equal(listen.Addr().AsSlice()), marked(inboundMark), accept()),
 			// A SYN begins a new connection, even where conntrack takes it for the
 			// next one of an entry that a target's RST has closed.
 			join(goesOn, direction(0), tags.outbound.has, setMark(), accept()),
@@ -226,6 +240,7 @@ func (f nftFamily) kernelChains(tun string, listen netip.AddrPort, tags connTags
 				tcpFlags(tcpSYN|tcpACK, expr.CmpOpEq, tcpSYN|tcpACK), elsewhere(expr.Fib{FlagSADDR: true}),
 				tags.outbound.set),
 			join(f.source(), equal(listen.Addr().AsSlice()), begins, tags.inbound.set),
+			join(f.source(), equal(listen.Addr().AsSlice()), accept()),
 			join(later, direction(0), tags.inbound.hasNot, elsewhere(expr.Fib{FlagSADDR: true}), tags.inbound.set),
 			answers,
 			connects,
@@ -323,14 +338,18 @@ func setMark() []expr.Any {
 	}
 }
 
+// marked matches packets whose mark has the bit.
+func marked(bit uint32) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, masked(bit, 0), equal(host32(bit))}
+}
+
 // clearMark takes our bit from packets to which the guest's own rules gave it: they would
 // be kept here.
 func clearMark() []expr.Any {
-	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, masked(KernelMark, 0), equal(host32(KernelMark)),
+	return join(marked(KernelMark),
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, masked(^uint32(KernelMark), 0),
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1, SourceRegister: true},
-	}
+	)
 }
 
 // withBit sets our bit in register 1.

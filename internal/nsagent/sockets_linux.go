@@ -72,7 +72,9 @@ func openTCP(family int, transparent bool) (int, error) {
 		return -1, err
 	}
 	if err = guestOptions(fd); err == nil && transparent {
-		err = makeTransparent(fd, family)
+		if err = makeTransparent(fd, family); err == nil {
+			err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, inboundMark)
+		}
 		// Its port is chosen by connect(2), which knows the peer. The range is Linux 6.3.
 		unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
 		unix.SetsockoptInt(fd, unix.SOL_IP, ipLocalPortRange, lastGatewayPort<<16|firstGatewayPort)

@@ -24,26 +24,35 @@ func admit(tun string, own bool) error {
 	return admitSources(tun)
 }
 
-// admitMarks sees to it that our bit in a packet's mark means nothing but where that
-// packet goes. The first setting has it also choose the way back to the packet's sender,
-// which then seems to be local; a new namespace has it from the host, where VPNs set it
-// (wg-quick does). The second has accepted sockets take it over. A guest of somebody
-// else's may need them.
+// admitMarks sees to it that our bits in a packet's mark mean nothing but where that
+// packet goes. The first two settings have a mark also choose the way back to the packet's
+// sender, which then seems to be local; a new namespace has them from the host, where VPNs
+// set them (wg-quick does). The third has accepted sockets take the mark over, which is
+// what the gateway's bit is for; a guest of somebody else's does without.
 func admitMarks(own bool) error {
-	for _, name := range []string{"conf/all/src_valid_mark", "conf/default/src_valid_mark", "tcp_fwmark_accept"} {
-		now, err := readSysctl(name)
-		if err != nil || now != "1" { // an old kernel does not have them all
+	accept := "0"
+	if own {
+		accept = "1"
+	}
+	for _, s := range []struct{ name, value string }{
+		{"conf/all/src_valid_mark", "0"}, {"conf/default/src_valid_mark", "0"}, {acceptMark, accept},
+	} {
+		now, err := readSysctl(s.name)
+		if err != nil || now == s.value { // an old kernel does not have them all
 			continue
 		}
 		if !own {
-			return fmt.Errorf("%s is 1", sysctlName(name))
+			return fmt.Errorf("%s is %s", sysctlName(s.name), now)
 		}
-		if err := changeSysctl(name, "0"); err != nil {
-			return fmt.Errorf("%s is 1 and cannot be changed: %w", sysctlName(name), err)
+		if err := changeSysctl(s.name, s.value); err != nil && s.name != acceptMark {
+			return fmt.Errorf("%s is %s and cannot be changed: %w", sysctlName(s.name), now, err)
 		}
 	}
 	return nil
 }
+
+// acceptMark is the setting with which accepted sockets have the mark of their SYN.
+const acceptMark = "tcp_fwmark_accept"
 
 // admitSources lets the guest's packets come in again by the device, with sources that
 // are the namespace's own (accept_local) or behind another device of it: any that has a
