@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -185,6 +186,12 @@ func inboundConnects(t *testing.T, g *testGuest, to netip.AddrPort, answered boo
 	}
 	if err != nil {
 		t.Fatalf("connect: %v", err)
+	}
+	if own := to.Port() == 80 && slices.ContainsFunc(g.spec.Addresses, func(p netip.Prefix) bool { return p.Addr() == to.Addr() }); own {
+		// The server's answers have loopback's route from the first on, not the device's.
+		if info, err := unix.GetsockoptTCPInfo(fd, unix.SOL_TCP, unix.TCP_INFO); err != nil || info.Snd_mss < 1<<14 {
+			t.Errorf("the server takes segments of %d bytes, %v", info.Snd_mss, err)
+		}
 	}
 	want := g.spec.Gateway4.String() + "\n"
 	if to.Addr().Is6() {
