@@ -2,11 +2,13 @@ package test
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -33,7 +35,12 @@ func (p *publishable) pathOf(t *testing.T, own netip.AddrPort) (path string) {
 // enter connects from another machine, and expects to be seen as itself, on the path.
 func (p *publishable) enter(t *testing.T, f family, from string, port int, path string) *net.TCPConn {
 	t.Helper()
-	c, err := p.net.World.DialFrom("tcp", from, netip.AddrPortFrom(hostOf(f), uint16(port)).String())
+	var c net.Conn
+	var err error
+	eventually(5*time.Second, func() bool { // the client's port may not be free at once
+		c, err = p.net.World.DialFrom("tcp", from, netip.AddrPortFrom(hostOf(f), uint16(port)).String())
+		return !errors.Is(err, syscall.EADDRINUSE)
+	})
 	if err != nil {
 		t.Fatalf("port %d, %s: %v", port, f.name, err)
 	}
