@@ -63,12 +63,12 @@ table %[1]s want {
 	}
 	chain output {
 		type route hook output priority -90
-		meta mark and 0x1000 == 0x1000 meta mark set meta mark and 0xffffefff
 		%[1]s daddr %[3]s meta mark and 0x2000 == 0x2000 accept
+		%[1]s saddr %[3]s tcp flags & syn == 0 accept
+		meta mark and 0x1000 == 0x1000 meta mark set meta mark and 0xffffefff
 		tcp flags & (fin | syn | rst | ack) != syn ct direction original ct label 124 meta mark set meta mark or 0x1000 accept
 		oif lo tcp flags & (syn | ack) == syn | ack fib saddr type != local ct label set 124
 		%[1]s saddr %[3]s tcp flags & (fin | syn | rst | ack) == syn ct label set 125
-		%[1]s saddr %[3]s accept
 		tcp flags & syn == 0 ct direction original ct label ! 125 fib saddr type != local ct label set 125
 		tcp flags & syn == 0 ct direction reply ct label 125 meta mark set meta mark or 0x1000 accept
 		%[1]s daddr %[3]s tcp flags & (syn | ack) == syn | ack ct direction reply ct label 125 meta mark set meta mark or 0x1000 accept

@@ -32,13 +32,13 @@ import (
 //		}
 //		chain output {
 //			type route hook output priority -90
-//			meta mark & 0x1000 == 0x1000 meta mark set meta mark & 0xffffefff
 //			daddr GATEWAY meta mark & 0x2000 == 0x2000 accept
+//			saddr GATEWAY tcp flags & syn == 0 accept
+//			meta mark & 0x1000 == 0x1000 meta mark set meta mark & 0xffffefff
 //			tcp flags & (fin | syn | rst | ack) != syn ct direction original ct label 124 \
 //				meta mark set meta mark | 0x1000 accept
 //			oif lo tcp flags & (syn | ack) == syn | ack fib saddr type != local ct label set 124
 //			saddr GATEWAY tcp flags & (fin | syn | rst | ack) == syn ct label set 125
-//			saddr GATEWAY accept
 //			tcp flags & syn == 0 ct direction original ct label not 125 fib saddr type != local ct label set 125
 //			tcp flags & syn == 0 ct direction reply ct label 125 meta mark set meta mark | 0x1000 accept
 //			daddr GATEWAY tcp flags & (syn | ack) == syn | ack ct direction reply ct label 125 \
@@ -231,8 +231,9 @@ func (f nftFamily) kernelChains(tun string, listen netip.AddrPort, tags connTags
 			join(later, ofTransparent(), setMark()),
 		}, ""},
 		{"output", nftables.ChainTypeRoute, nftables.ChainHookOutput, steerPriority, [][]expr.Any{
-			clearMark(),
 			join(f.destination(), equal(listen.Addr().AsSlice()), marked(inboundMark), accept()),
+			join(f.source(), equal(listen.Addr().AsSlice()), later, accept()),
+			clearMark(),
 			// A SYN begins a new connection, even where conntrack takes it for the
 			// next one of an entry that a target's RST has closed.
 			join(goesOn, direction(0), tags.outbound.has, setMark(), accept()),
@@ -240,7 +241,6 @@ func (f nftFamily) kernelChains(tun string, listen netip.AddrPort, tags connTags
 				tcpFlags(tcpSYN|tcpACK, expr.CmpOpEq, tcpSYN|tcpACK), elsewhere(expr.Fib{FlagSADDR: true}),
 				tags.outbound.set),
 			join(f.source(), equal(listen.Addr().AsSlice()), begins, tags.inbound.set),
-			join(f.source(), equal(listen.Addr().AsSlice()), accept()),
 			join(later, direction(0), tags.inbound.hasNot, elsewhere(expr.Fib{FlagSADDR: true}), tags.inbound.set),
 			answers,
 			connects,
