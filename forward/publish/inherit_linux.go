@@ -110,6 +110,8 @@ func (b *Book) inheritedDual(proto flow.Proto, claims []netip.AddrPort) (socket,
 // inheritedBeside returns the socket that was passed on and keeps at from being bound,
 // since it is for more than at, or for less.
 func (b *Book) inheritedBeside(proto flow.Proto, at netip.AddrPort) (PassedOn, bool) {
+	b.mu.Lock() // nothing keeps Close from closing them
+	defer b.mu.Unlock()
 	i := slices.IndexFunc(b.inherited, func(in inherited) bool {
 		wide := in.at.Addr().Is4() == at.Addr().Is4() && (in.at.Addr().IsUnspecified() || at.Addr().IsUnspecified())
 		return in.proto == proto && in.at.Port() == at.Port() && (in.dual || wide)

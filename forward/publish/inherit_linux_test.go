@@ -115,6 +115,16 @@ func TestInheritedDualForOneFamily(t *testing.T) {
 	}
 }
 
+// A socket that was passed on is not blamed for what it has nothing to do with.
+func TestInheritedBeside(t *testing.T) {
+	file, port := listenTCP(t, "tcp4", "0.0.0.0:0")
+	b, _ := newBook(t, Config{Inherited: []*os.File{file}})
+	var bad *SpecError
+	if _, err := b.Add("me", spec(t, fmt.Sprintf("192.0.2.9:%d:80", port))); !errors.As(err, &bad) || !strings.HasSuffix(err.Error(), "is not an address of this host") {
+		t.Errorf("%v, want that the host has not the address", err)
+	}
+}
+
 func TestInheritedBad(t *testing.T) {
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {

@@ -204,7 +204,8 @@ func (b *Book) explain(e *entry, owner string, err error) error {
 	}
 	spec := e.asked
 	spec.Host = failed.at
-	if in, ok := b.inheritedBeside(spec.Proto, failed.at); ok {
+	taken := errors.Is(err, errInUse) || errors.Is(err, os.ErrPermission) // a low port says that first
+	if in, ok := b.inheritedBeside(spec.Proto, failed.at); ok && taken {
 		listen := map[flow.Proto]string{flow.TCP: "ListenStream", flow.UDP: "ListenDatagram"}[spec.Proto]
 		return &ConflictError{spec, in, fmt.Sprintf("publish what is passed on, or have just this address passed on (%s=%v, BindIPv6Only=ipv6-only)", listen, failed.at)}
 	}
