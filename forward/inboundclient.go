@@ -21,6 +21,7 @@ type udpClient struct {
 	seen       netip.AddrPort // what the guest sees; unknown for a plain one
 	plain      bool
 	guestBegan bool
+	moved      bool // in the place of another, see udpPorts.again
 	why        string
 	flow       *flow.Flow
 

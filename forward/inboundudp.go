@@ -331,12 +331,12 @@ func (u *udpPorts) admit(p *udpPort, k clientKey, d flow.Datagram) *udpClient {
 		})
 		return nil
 	}
-	return u.enterBy(p, k, way)
+	return u.enterBy(&udpClient{port: p, key: k}, way)
 }
 
-// enterBy makes a mapping of which the way is known.
-func (u *udpPorts) enterBy(p *udpPort, k clientKey, way passage) *udpClient {
-	c := &udpClient{port: p, key: k, to: way.to, seen: way.from, plain: way.way == Plain, why: way.why}
+// enterBy makes c a mapping, the way of which is known.
+func (u *udpPorts) enterBy(c *udpClient, way passage) *udpClient {
+	c.to, c.seen, c.plain, c.why = way.to, way.from, way.way == Plain, way.why
 	return u.add(c, func() bool { return u.chooseSeenLocked(c, way) })
 }
 
@@ -388,7 +388,9 @@ func (u *udpPorts) add(c *udpClient, choose func() bool) *udpClient {
 		u.evicted.Add(1)
 		victim.end()
 	}
-	count(p.in.Count.Clients)
+	if !c.moved {
+		count(p.in.Count.Clients)
+	}
 	if c.why != "" {
 		count(p.in.Count.Gateway)
 	}
@@ -567,7 +569,7 @@ func (u *udpPorts) again(c *udpClient, e flow.Error) bool {
 		return true // by another datagram
 	}
 	c.end()
-	if c = u.enterBy(p, c.key, way); c != nil && e.Size <= len(e.Quote) {
+	if c = u.enterBy(&udpClient{port: p, key: c.key, moved: true}, way); c != nil && e.Size <= len(e.Quote) {
 		c.toGuest(flow.Datagram{Payload: e.Quote, Hops: defaultHops - 1})
 	}
 	return true

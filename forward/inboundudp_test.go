@@ -462,8 +462,8 @@ func TestInboundUDPOtherFamily(t *testing.T) {
 		if got := u.sent(); got != (toClient{ip(asked), ap(client), "answer"}) {
 			t.Errorf("the client gets %+v", got)
 		}
-		if c := p.in.Count; c.Refused.Load() != 0 || c.Gateway.Load() != 1 || len(u.socks.told) != 0 || u.len() != 1 {
-			t.Errorf("%d refused, %d as the gateway, told %+v, %d mappings", c.Refused.Load(), c.Gateway.Load(), u.socks.told, u.len())
+		if c := p.in.Count; c.Clients.Load() != 1 || c.Refused.Load() != 0 || c.Gateway.Load() != 1 || len(u.socks.told) != 0 || u.len() != 1 {
+			t.Errorf("%d clients, %d refused, %d as the gateway, told %+v, %d mappings", c.Clients.Load(), c.Refused.Load(), c.Gateway.Load(), u.socks.told, u.len())
 		}
 	})
 	t.Run("not_all_is_quoted", func(t *testing.T) {
