@@ -236,6 +236,11 @@ func TestToldStalledNeighbour(t *testing.T) {
 	}
 	defer ln.Close()
 	var n neighbours
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if n.container(gone, e.state.root, "web", flow.PortSpec{}); len(n.said) != 0 {
+		t.Error("somebody who does not want to know any more says something about the engine")
+	}
 	from := time.Now()
 	for range 50 {
 		if got := n.container(t.Context(), e.state.root, "web", flow.PortSpec{}); got != "" {

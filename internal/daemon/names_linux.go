@@ -130,13 +130,16 @@ func (n *neighbours) ports(ctx context.Context, root, engine string) []api.Port 
 	if said, ok := n.said[engine]; ok && now.Before(said.until) {
 		return said.ports
 	}
-	ctx, cancel := context.WithTimeout(ctx, neighbourLimit)
+	asking, cancel := context.WithTimeout(ctx, neighbourLimit)
 	defer cancel()
 	c := api.NewClient(engine, filepath.Join(root, engine, socketName))
 	defer c.Close()
-	ports, err := c.Ports(ctx)
+	ports, err := c.Ports(asking)
 	age := neighbourAge
-	if err != nil {
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return nil // that says nothing about the engine
+	case err != nil:
 		age = neighbourRetry
 	}
 	if n.said == nil || len(n.said) > mostNeighbours {
