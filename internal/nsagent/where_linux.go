@@ -89,8 +89,10 @@ func (k *asker) ready() (err error) {
 	if k.socket == nil {
 		return ErrClosed
 	}
-	if k.answer == nil {
-		k.fd, err = rawFD(k.socket)
+	if k.answer != nil {
+		return nil
+	}
+	if k.fd, err = rawFD(k.socket); err == nil {
 		k.answer = make([]byte, answerMost)
 	}
 	return err
