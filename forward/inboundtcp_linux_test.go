@@ -617,7 +617,7 @@ func TestInboundEnters(t *testing.T) {
 		doors := &hostDoors{enter: enter, slow: slow}
 		doors.testDoors = *dockerDoors(true)
 		p := publishTCP(t, true, "198.51.100.7:0", in, doors, func(f *Forwarder) { f.in.patience = time.Second })
-		doors.post = p.s.loop.Post
+		p.s.loop.Do(func() { doors.post = p.s.loop.Post })
 		return p, doors
 	}
 	for _, c := range []struct {
