@@ -88,7 +88,7 @@ func ownerText(owner string) string {
 }
 
 // How long another engine may take to say what it has published, and how long what it
-// said, or that it said nothing, is good for. It may have to ask for names itself.
+// said, or that it did not answer, is good for. It may have to ask for names itself.
 const (
 	neighbourLimit = time.Second
 	neighbourAge   = time.Second
@@ -139,7 +139,7 @@ func (n *neighbours) ports(ctx context.Context, root, engine string) []api.Port 
 	switch {
 	case err != nil && ctx.Err() != nil:
 		return nil // that says nothing about the engine
-	case err != nil:
+	case asking.Err() != nil:
 		age = neighbourRetry
 	}
 	if n.said == nil || len(n.said) > mostNeighbours {

@@ -34,10 +34,10 @@ type Names struct {
 	api *client
 	log *slog.Logger
 
-	mu     sync.Mutex // held while the engine is asked: whoever comes meanwhile wants its answer
-	asked  time.Time  // the end of the last time
-	failed bool       // then
-	last   Containers
+	mu    sync.Mutex // held while the engine is asked: whoever comes meanwhile wants its answer
+	asked time.Time  // the end of the last time
+	stuck bool       // it did not answer then
+	last  Containers
 }
 
 // NewNames returns Names for the engine whose API is at socket. Close ends them.
@@ -72,7 +72,7 @@ func (n *Names) List(ctx context.Context) Containers {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	age := namesAge
-	if n.failed {
+	if n.stuck {
 		age = namesRetry
 	}
 	if !n.asked.IsZero() && time.Since(n.asked) < age {
@@ -84,7 +84,7 @@ func (n *Names) List(ctx context.Context) Containers {
 	if err != nil && ctx.Err() != nil {
 		return n.last // that says nothing about the engine
 	}
-	n.asked, n.failed = time.Now(), err != nil
+	n.asked, n.stuck = time.Now(), err != nil && asking.Err() != nil
 	if err != nil {
 		n.log.Debug("names of containers not known", slog.Any("err", err))
 		return n.last
