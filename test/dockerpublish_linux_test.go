@@ -301,7 +301,7 @@ func (d *docker) expectNames(t *testing.T, id string) {
 		time.Sleep(1100 * time.Millisecond) // what was asked for just now is asked again
 		from := time.Now()
 		r := d.engine.call(t, "ports", "ls", d.engine.name)
-		if r.code != 0 || !strings.Contains(r.stdout, "docker: "+name) || time.Since(from) > 3*time.Second {
+		if r.code != 0 || !strings.Contains(r.stdout, "docker: "+name) || time.Since(from) > 10*time.Second {
 			t.Errorf("with a stopped dockerd: status %d after %v\n%s%s", r.code, time.Since(from), r.stdout, r.stderr)
 		}
 	}
