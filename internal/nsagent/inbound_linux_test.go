@@ -134,6 +134,11 @@ func testInboundConnects(t *testing.T) {
 	for _, c := range inboundTargets {
 		t.Run(c.name, func(t *testing.T) { inboundConnects(t, g, netip.MustParseAddrPort(c.to), c.answered) })
 	}
+	// Our bit of the mark, if it is the guest's own, means nothing.
+	g.sh(t, "for i in iptables ip6tables; do $i -t mangle -A OUTPUT -p tcp -j MARK --or-mark 0x1000; done")
+	for _, c := range inboundTargets {
+		t.Run(c.name+", marked", func(t *testing.T) { inboundConnects(t, g, netip.MustParseAddrPort(c.to), c.answered) })
+	}
 	// Nothing of it came out of the device.
 	g.TUN().SetReadDeadline(time.Now().Add(50 * time.Millisecond))
 	buf := make([]byte, 1<<16)

@@ -33,7 +33,7 @@ import (
 //		chain output {
 //			type route hook output priority -90
 //			daddr GATEWAY meta mark & 0x2000 == 0x2000 accept
-//			saddr GATEWAY tcp flags & syn == 0 accept
+//			saddr GATEWAY tcp flags & syn == 0 meta mark & 0x1000 == 0 accept
 //			meta mark & 0x1000 == 0x1000 meta mark set meta mark & 0xffffefff
 //			tcp flags & (fin | syn | rst | ack) != syn ct direction original ct label 124 \
 //				meta mark set meta mark | 0x1000 accept
@@ -232,7 +232,7 @@ func (f nftFamily) kernelChains(tun string, listen netip.AddrPort, tags connTags
 		}, ""},
 		{"output", nftables.ChainTypeRoute, nftables.ChainHookOutput, steerPriority, [][]expr.Any{
 			join(f.destination(), equal(listen.Addr().AsSlice()), marked(inboundMark), accept()),
-			join(f.source(), equal(listen.Addr().AsSlice()), later, accept()),
+			join(f.source(), equal(listen.Addr().AsSlice()), later, unmarked(KernelMark), accept()),
 			clearMark(),
 			// A SYN begins a new connection, even where conntrack takes it for the
 			// next one of an entry that a target's RST has closed.
@@ -341,6 +341,11 @@ func setMark() []expr.Any {
 // marked matches packets whose mark has the bit.
 func marked(bit uint32) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, masked(bit, 0), equal(host32(bit))}
+}
+
+// unmarked matches those whose mark has not.
+func unmarked(bit uint32) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, masked(bit, 0), equal(host32(0))}
 }
 
 // clearMark takes our bit from packets to which the guest's own rules gave it: they would
