@@ -3,7 +3,6 @@ package nsagent
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 
@@ -186,7 +185,7 @@ func listenOn(fd int, a netip.Addr) (port int, err error) {
 		err = makeTransparent(fd, familyOf(a))
 	}
 	if err == nil {
-		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, inboundMark)
+		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, gatewayMark)
 	}
 	if err == nil {
 		err = guestOptions(fd)
@@ -213,14 +212,17 @@ func listenOn(fd int, a netip.Addr) (port int, err error) {
 }
 
 // route keeps marked packets in the namespace, and those with the gateway's bit that are
-// to the gateway. What a killed agent has left is as good.
+// to one of the ports of its connections. What a killed agent has left is as good.
 func (k *kernelFamily) route(nl *netlink.Handle, gateway netip.Addr) error {
-	for bit, to := range map[uint32]*net.IPNet{KernelMark: nil, inboundMark: ipNet(netip.PrefixFrom(gateway, gateway.BitLen()))} {
-		rule := netlink.NewRule()
+	marked, answers := netlink.NewRule(), netlink.NewRule()
+	marked.Mark, marked.Mask = KernelMark, new(uint32(KernelMark))
+	answers.Mark, answers.Mask = gatewayMark, new(uint32(gatewayMark))
+	answers.Dst, answers.IPProto = ipNet(netip.PrefixFrom(gateway, gateway.BitLen())), unix.IPPROTO_TCP
+	answers.Dport = netlink.NewRulePortRange(firstGatewayPort, lastGatewayPort)
+	for _, rule := range []*netlink.Rule{marked, answers} {
 		rule.Family, rule.Priority, rule.Table = familyOf(gateway), kernelRulePriority, kernelRoutes
-		rule.Mark, rule.Mask, rule.Dst = bit, &bit, to
 		if err := nl.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
-			return fmt.Errorf("ip rule add fwmark %#x: %w", bit, err)
+			return fmt.Errorf("ip rule add fwmark %#x: %w", rule.Mark, err)
 		}
 		k.undo = append(k.undo, func() { netlink.RuleDel(rule) })
 	}

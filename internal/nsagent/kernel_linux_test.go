@@ -63,7 +63,7 @@ table %[1]s want {
 	}
 	chain output {
 		type route hook output priority -90
-		%[1]s daddr %[3]s meta mark and 0x2000 == 0x2000 accept
+		%[1]s daddr %[3]s meta mark and 0x10000000 == 0x10000000 accept
 		%[1]s saddr %[3]s tcp flags & syn == 0 meta mark and 0x1000 == 0 accept
 		meta mark and 0x1000 == 0x1000 meta mark set meta mark and 0xffffefff
 		tcp flags & (fin | syn | rst | ack) != syn ct direction original ct label 124 meta mark set meta mark or 0x1000 accept

@@ -32,7 +32,7 @@ import (
 //		}
 //		chain output {
 //			type route hook output priority -90
-//			daddr GATEWAY meta mark & 0x2000 == 0x2000 accept
+//			daddr GATEWAY meta mark & 0x10000000 == 0x10000000 accept
 //			saddr GATEWAY tcp flags & syn == 0 meta mark & 0x1000 == 0 accept
 //			meta mark & 0x1000 == 0x1000 meta mark set meta mark & 0xffffefff
 //			tcp flags & (fin | syn | rst | ack) != syn ct direction original ct label 124 \
@@ -113,9 +113,14 @@ const (
 // the kernel path there.
 const KernelMark = 0x1000
 
-// inboundMark is the bit of packet marks of connections from the gateway's address; it
-// has packets to that address stay in the namespace, others not. Where there are no labels
-// it is also the bit of connection marks that stands for label 125.
+// gatewayMark is the bit of packet marks of connections from the gateway's address; it
+// has TCP packets to that address stay in the namespace, others not. Rules of guests look
+// at the lower bits: CNI's and netavark's masquerade what has 0x2000, kube-proxy's what
+// has 0x4000.
+const gatewayMark = 0x10000000
+
+// inboundMark is the bit of connection marks that stands for label 125 where there are
+// none. No packet ever has it.
 const inboundMark = 0x2000
 
 // The labels of connections, of 128: of those that the guest began, and of those to its
@@ -231,7 +236,7 @@ func (f nftFamily) kernelChains(tun string, listen netip.AddrPort, tags connTags
 			join(later, ofTransparent(), setMark()),
 		}, ""},
 		{"output", nftables.ChainTypeRoute, nftables.ChainHookOutput, steerPriority, [][]expr.Any{
-			join(f.destination(), equal(listen.Addr().AsSlice()), marked(inboundMark), accept()),
+			join(f.destination(), equal(listen.Addr().AsSlice()), marked(gatewayMark), accept()),
 			join(f.source(), equal(listen.Addr().AsSlice()), later, unmarked(KernelMark), accept()),
 			clearMark(),
 			// A SYN begins a new connection, even where conntrack takes it for the

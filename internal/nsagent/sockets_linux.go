@@ -73,7 +73,7 @@ func openTCP(family int, transparent bool) (int, error) {
 	}
 	if err = guestOptions(fd); err == nil && transparent {
 		if err = makeTransparent(fd, family); err == nil {
-			err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, inboundMark)
+			err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, gatewayMark)
 		}
 		// Its port is chosen by connect(2), which knows the peer. The range is Linux 6.3.
 		unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
