@@ -34,7 +34,7 @@ type hostDoors struct {
 	dial      func(from, to netip.AddrPort) error // fails a Dial, or is nil
 	// enter is what comes of an Enter, later; nil is that nobody enters.
 	enter func(fd int, from, to netip.AddrPort) error
-	post  func(func()) bool // the loop's
+	post  func(func()) bool // the loop's, for its thread
 	left  atomic.Int32      // Enters that were cancelled
 	shut  atomic.Bool       // nobody enters any more
 
