@@ -145,11 +145,7 @@ func tellSource(t testing.TB, ns *topo.NS, port int) {
 // tellSourceAt does so on one address.
 func tellSourceAt(t testing.TB, ns *topo.NS, address netip.AddrPort) {
 	t.Helper()
-	serveOnly(t, ns, address, func(c *net.TCPConn) {
-		defer c.Close()
-		fmt.Fprintln(c, unmap(c.RemoteAddr().(*net.TCPAddr).AddrPort()))
-		io.Copy(c, c)
-	})
+	serveOnly(t, ns, address, tell)
 	var u *net.UDPConn
 	err := ns.Do(func() (err error) {
 		u, err = net.ListenUDP("udp"+familyDigit(address.Addr()), net.UDPAddrFromAddrPort(address))
@@ -173,6 +169,13 @@ func tellSourceAt(t testing.TB, ns *topo.NS, address netip.AddrPort) {
 	})
 }
 
+// tell is the server of tellSource.
+func tell(c *net.TCPConn) {
+	defer c.Close()
+	fmt.Fprintln(c, unmap(c.RemoteAddr().(*net.TCPAddr).AddrPort()))
+	io.Copy(c, c)
+}
+
 // serveOnly is serve on one family: Go's "tcp" takes both on [::].
 func serveOnly(t testing.TB, ns *topo.NS, address netip.AddrPort, handle func(*net.TCPConn)) {
 	t.Helper()
@@ -180,6 +183,11 @@ func serveOnly(t testing.TB, ns *topo.NS, address netip.AddrPort, handle func(*n
 	if err != nil {
 		t.Fatal(err)
 	}
+	serveOn(t, l, handle)
+}
+
+// serveOn serves on a listener.
+func serveOn(t testing.TB, l net.Listener, handle func(*net.TCPConn)) {
 	s := newGroup(t, l)
 	s.Go(func() {
 		for {

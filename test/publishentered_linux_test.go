@@ -192,3 +192,28 @@ func TestPublishEnteredFirewall(t *testing.T) {
 		})
 	}
 }
+
+// TestPublishEnteredDeferred: a server whose kernel passes over the first ACK of a client
+// who has said nothing, and repeats its SYN-ACK, as one without room in its queue does.
+func TestPublishEnteredDeferred(t *testing.T) {
+	eachEntered(t, func(t *testing.T, p *publishable) {
+		for _, f := range families {
+			l, err := listenOnly(p.ns, netip.AddrPortFrom(anyOf(f), 94))
+			if err != nil {
+				t.Fatal(err)
+			}
+			raw, err := l.(*net.TCPListener).SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			raw.Control(func(fd uintptr) {
+				err = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, syscall.TCP_DEFER_ACCEPT, 1)
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			serveOn(t, l, tell)
+			roundTrip(t, p.enter(t, f, at(f.world, 0), 18094, "kernel"))
+		}
+	})
+}

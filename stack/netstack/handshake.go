@@ -27,6 +27,10 @@ import (
 //	         RST that ends that (RFC 9293 section 3.5.1)
 //	ICMP     as for a Dial (icmperror.go)
 //
+// A guest's kernel may pass over the ACK that completes the handshake: its server has no
+// room for another client, or wants data with it (TCP_DEFER_ACCEPT, tcp(7)). It then repeats
+// the SYN-ACK, which the socket that has gone on never sees, and gets the same ACK again.
+//
 // All else that the guest sends of these four numbers meanwhile is dropped, a SYN of its
 // own included. There is no limit in time but the caller's. An answer after the end
 // is gVisor's, who knows nothing of it and answers with a RST.
@@ -157,7 +161,7 @@ func (k *handshake) end(done bool) {
 	switch {
 	case over || !answered:
 	case done:
-		k.writeACK()
+		k.s.writeACK(&k.made, k.echo)
 	default:
 		k.s.writeSegment(k.from, k.to, header.TCPFields{SeqNum: k.made.Next, Flags: header.TCPFlagRst}, nil)
 	}
@@ -224,12 +228,20 @@ func (k *handshake) take(h header.TCP) {
 	case flags&ack != 0 && !mine:
 		k.s.writeSegment(k.from, k.to, header.TCPFields{SeqNum: h.AckNumber(), Flags: rst}, nil)
 	case flags&syn != 0 && mine:
-		if end := int(h.DataOffset()); end < header.TCPMinimumSize || end > len(h) {
-			k.s.stats.malformed.Add(1)
-			return
+		if k.s.wellFormed(h) {
+			k.answer(h)
 		}
-		k.answer(h)
 	}
+}
+
+// wellFormed reports whether h's options are in h; it counts it if not.
+func (s *Stack) wellFormed(h header.TCP) bool {
+	end := int(h.DataOffset())
+	if end < header.TCPMinimumSize || end > len(h) {
+		s.stats.malformed.Add(1)
+		return false
+	}
+	return true
 }
 
 // answer notes what the SYN-ACK h says, and tells it.
@@ -273,18 +285,34 @@ func (k *handshake) writeSYN() {
 	k.s.writeSegment(k.from, k.to, header.TCPFields{SeqNum: k.isn, Flags: header.TCPFlagSyn, WindowSize: handWindow}, b[:])
 }
 
-// writeACK writes the last segment of the handshake.
-func (k *handshake) writeACK() {
-	m := &k.made
+// completeAgain answers a SYN-ACK that the guest has repeated although t is a connection.
+// Its timestamp is the last one that the guest has seen, so that none of the socket's is older.
+func (s *Stack) completeAgain(t flow.Tuple, h header.TCP) {
+	if !s.wellFormed(h) {
+		return
+	}
+	o := header.ParseSynOptions(h.Options(), true)
+	m := flow.Handshake{
+		Client: t.Target, Guest: t.Guest, Next: h.AckNumber(), GuestNext: h.SequenceNumber() + 1,
+		Window: handWindow, Timestamps: o.TS, Clock: o.TSEcr,
+	}
+	if o.WS >= 0 {
+		m.Scale = handScale
+	}
+	s.writeACK(&m, o.TSVal)
+}
+
+// writeACK writes the last segment of the handshake m, in which the guest's timestamp was echo.
+func (s *Stack) writeACK(m *flow.Handshake, echo uint32) {
 	var b [ackOptionsLen]byte
 	options := b[:0]
 	if m.Timestamps {
 		n := header.EncodeNOP(b[:])
 		n += header.EncodeNOP(b[n:])
-		header.EncodeTSOption(m.Clock, k.echo, b[n:])
+		header.EncodeTSOption(m.Clock, echo, b[n:])
 		options = b[:]
 	}
-	k.s.writeSegment(k.from, k.to, header.TCPFields{
+	s.writeSegment(m.Client, m.Guest, header.TCPFields{
 		SeqNum: m.Next, AckNum: m.GuestNext, Flags: header.TCPFlagAck, WindowSize: uint16(m.Window >> m.Scale),
 	}, options)
 }

@@ -290,19 +290,33 @@ func TestHandshakeInUse(t *testing.T) {
 	})
 }
 
-// A SYN-ACK of a connection that a socket has gone on with is neither given back nor
-// answered; other segments are given back.
+// A SYN-ACK of a connection that a socket has gone on with gets the last ACK again; other
+// segments are given back.
 func TestHandshakeGoneOn(t *testing.T) {
 	f := clients[0]
 	asked := make(chan flow.Tuple, 10)
 	k := &fakeKernel{live: func(t flow.Tuple) bool { asked <- t; return true }}
 	b := startKernel(t, k)
-	b.send(noOffload, segment(f.guest, f.client, header.TCPFields{SeqNum: 1, AckNum: 2, Flags: header.TCPFlagSyn | header.TCPFlagAck}))
-	next(t, asked)
+	syn := written{src: f.client, dst: f.guest, TCP: make(header.TCP, header.TCPMinimumSize)}
+	syn.SetSequenceNumber(41)
+	for _, options := range [][]byte{nil, linuxOptions} {
+		b.send(noOffload, synACK(syn, nil, options...))
+		next(t, asked)
+		ack := segmentOf(t, b)
+		o, window := header.ParseTCPOptions(ack.Options()), uint16(65535)
+		if options != nil {
+			window >>= handScale
+		}
+		if ack.src != f.client || ack.dst != f.guest || ack.Flags() != header.TCPFlagAck || ack.SequenceNumber() != 42 || ack.AckNumber() != 7001 ||
+			ack.WindowSize() != window || o.TS != (options != nil) || o.TSVal != 0 || o.TS && o.TSEcr != 0x01020304 {
+			t.Errorf("a SYN-ACK gets % x", ack.TCP)
+		}
+	}
+	b.send(noOffload, synACK(syn, func(f *header.TCPFields) { f.DataOffset = 16 }))
 	b.send(noOffload, udpPacket(f.guest, f.client, nil))
 	next(t, b.fwd.datagrams) // the segment has been seen to
-	if n := b.stats.givenBack.Load() + b.stats.toGuest.packets.Load(); n != 0 {
-		t.Errorf("%d packets were written", n)
+	if n := b.stats.givenBack.Load(); n != 0 || b.stats.malformed.Load() != 1 {
+		t.Errorf("%d were given back", n)
 	}
 	b.send(noOffload, segment(f.guest, f.client, header.TCPFields{SeqNum: 2, AckNum: 2, Flags: header.TCPFlagAck}))
 	if back := segmentOf(t, b); back.src != f.guest || back.SequenceNumber() != 2 {

@@ -32,8 +32,8 @@ import (
 // A segment of a connection that the guest's kernel has is given back to it, SYN or not.
 // A repeated SYN may have waited in the device's queue while the first was answered; and
 // other segments come out when the rules that keep them inside are missing for a moment,
-// or conntrack has forgotten the connection. Only a SYN-ACK is dropped: it was the answer to
-// a Handshake, which the guest repeats.
+// or conntrack has forgotten the connection. Only a SYN-ACK, which answers a Handshake, is
+// ours: the guest repeats it, and gets the last ACK again (handshake.go).
 //
 // A SYN of more than headLen bytes (one that carries data) and one for a connection
 // that gVisor has are gVisor's.
@@ -165,7 +165,9 @@ func (r *reader) hold(ip *ipInfo, segment []byte, toGateway bool) bool {
 		return true
 	}
 	if s.kernel.Live(t) {
-		if h.Flags()&(header.TCPFlagSyn|header.TCPFlagAck) != header.TCPFlagSyn|header.TCPFlagAck {
+		if h.Flags()&(header.TCPFlagSyn|header.TCPFlagAck) == header.TCPFlagSyn|header.TCPFlagAck {
+			s.completeAgain(t, h)
+		} else {
 			r.giveBack()
 		}
 		return true
