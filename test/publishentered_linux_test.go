@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -214,6 +215,27 @@ func TestPublishEnteredDeferred(t *testing.T) {
 			}
 			serveOn(t, l, tell)
 			roundTrip(t, p.enter(t, f, at(f.world, 0), 18094, "kernel"))
+		}
+	})
+}
+
+// TestPublishEnteredCookies: a server whose kernel answers with SYN cookies does not know
+// the connection before the last ACK, so it cannot answer the probe. netstack takes the client.
+func TestPublishEnteredCookies(t *testing.T) {
+	eachEntered(t, func(t *testing.T, p *publishable) {
+		if out, err := p.ns.Run("", "sh", "-c", "echo 2 >/proc/sys/net/ipv4/tcp_syncookies"); err != nil {
+			missing(t, "syncookies: %v: %s", err, out)
+		}
+		var accepted atomic.Int32
+		for _, f := range families {
+			serveOnly(t, p.ns, netip.AddrPortFrom(anyOf(f), 94), func(c *net.TCPConn) {
+				accepted.Add(1)
+				tell(c)
+			})
+			roundTrip(t, p.enter(t, f, at(f.world, 0), 18094, "netstack"))
+		}
+		if n := accepted.Load(); n != 2 {
+			t.Errorf("the server has seen %d clients, expected 2", n)
 		}
 	})
 }

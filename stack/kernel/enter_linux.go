@@ -164,7 +164,9 @@ func (e *entry) answered(h flow.Handshake, err error) {
 func (e *entry) prove(wait time.Duration) {
 	info, err := unix.GetsockoptTCPInfo(e.fd, unix.SOL_TCP, unix.TCP_INFO)
 	switch {
-	case err == nil && info.State != tcpEstablished: // a RST: it is not the guest's who said SYN-ACK
+	case err == nil && (info.State != tcpEstablished || info.Data_segs_in > 0):
+		// A RST: who said SYN-ACK does not know the connection, as with SYN cookies. Or data
+		// that nobody can have sent yet: he knows another one.
 		e.p.noEntry(e.from, e.to, unix.ECONNRESET)
 		e.giveUp()
 	case err == nil && info.Segs_in > 0:

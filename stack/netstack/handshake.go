@@ -46,6 +46,11 @@ const (
 	// scale, and 32 MiB with, which is what a kernel lets windows grow to.
 	handWindow = 65535
 	handScale  = 9
+	// mostCookieMSS is the least segment of a SYN with which a kernel that answers by SYN
+	// cookies takes no window probe for the last ACK: the probe's number is one less, and in a
+	// cookie that is the next larger of four segment sizes, if there is one (Linux: up to 1460
+	// and 8940). Segments to the client are bounded by the guest's routes all the same.
+	mostCookieMSS = 8940
 	// synOptionsLen and ackOptionsLen are those of our segments.
 	synOptionsLen = 20
 	ackOptionsLen = 12
@@ -275,7 +280,7 @@ func (s *Stack) tcpClock() uint32 {
 
 // writeSYN writes the SYN.
 func (k *handshake) writeSYN() {
-	mss := k.s.cfg.Link.MTU() - ipHeaderLen(k.to.Addr()) - header.TCPMinimumSize
+	mss := max(k.s.cfg.Link.MTU()-ipHeaderLen(k.to.Addr())-header.TCPMinimumSize, mostCookieMSS)
 	var b [synOptionsLen]byte
 	n := header.EncodeMSSOption(uint32(mss), b[:])
 	n += header.EncodeSACKPermittedOption(b[n:])

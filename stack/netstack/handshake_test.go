@@ -85,12 +85,8 @@ func TestHandshake(t *testing.T) {
 			}
 			syn := segmentOf(t, b)
 			o := header.ParseSynOptions(syn.Options(), false)
-			mss := uint16(1460)
-			if f.guest.Addr().Is6() {
-				mss = 1440
-			}
 			if syn.src != f.client || syn.dst != f.guest || syn.Flags() != header.TCPFlagSyn || syn.WindowSize() != 65535 ||
-				o.MSS != mss || !o.SACKPermitted || !o.TS || o.TSVal&1 != 0 || o.WS != handScale {
+				o.MSS != mostCookieMSS || !o.SACKPermitted || !o.TS || o.TSVal&1 != 0 || o.WS != handScale {
 				t.Fatalf("the guest has % x with %+v", syn.TCP, o)
 			}
 			b.send(noOffload, synACK(syn, nil, linuxOptions...))
