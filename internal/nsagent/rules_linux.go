@@ -114,7 +114,7 @@ const (
 const KernelMark = 0x1000
 
 // gatewayMark is the bit of packet marks of connections from the gateway's address; it
-// has TCP packets to that address stay in the namespace, others not. Rules of guests look
+// has TCP packets to that address, and a port of such a connection, stay in the namespace. Rules of guests look
 // at the lower bits: CNI's and netavark's masquerade what has 0x2000, kube-proxy's what
 // has 0x4000.
 const gatewayMark = 0x10000000

@@ -45,8 +45,9 @@ func (k SocketKind) String() string {
 func (k SocketKind) transparent() bool { return k == SocketTransparent4 || k == SocketTransparent6 }
 
 // The ports of connections from the gateway's address, on which nothing but the kernel
-// path's listener is: there can be twice as many to one port as with the guest's own range.
-const firstGatewayPort, lastGatewayPort = 1024, 65535
+// path's listener is: there can be twice as many to one port as with the guest's own range. The
+// kernel takes no rule whose ports end with 65535 (net/core/fib_rules.c).
+const firstGatewayPort, lastGatewayPort = 1024, 65534
 
 // openSocket opens one in the namespace of the calling thread.
 func openSocket(k SocketKind) (int, error) {
