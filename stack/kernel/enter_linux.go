@@ -174,11 +174,11 @@ func (e *entry) prove(wait time.Duration) {
 		e.p.stats.entered.Add(1)
 		e.end(true)
 		e.then(nil)
-	case err != nil || wait > proofLast && e.tries == probes:
+	case err != nil || wait > proofLast && (e.tries == probes || probe(e.fd) != nil):
 		e.p.avoid(e.to)
 		e.p.noEntry(e.from, e.to, errNoProof)
 		e.giveUp()
-	case wait > proofLast && probe(e.fd) == nil:
+	case wait > proofLast:
 		e.tries++
 		e.prove(proofFirst)
 	default:
