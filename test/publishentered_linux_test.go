@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/slipway-net/slipway/test/topo"
 )
 
 // Clients that keep their address on the kernel path: a socket of the guest's namespace
@@ -236,6 +238,32 @@ func TestPublishEnteredCookies(t *testing.T) {
 		}
 		if n := accepted.Load(); n != 2 {
 			t.Errorf("the server has seen %d clients, expected 2", n)
+		}
+	})
+}
+
+// TestPublishEnteredPlain: servers whose kernels agree on no timestamps, no SACK and no
+// larger windows, and one whose engine does not, but its container does.
+func TestPublishEnteredPlain(t *testing.T) {
+	const off = "cd /proc/sys/net/ipv4; for f in tcp_timestamps tcp_sack tcp_window_scaling; do echo 0 >$f; done"
+	const size = 2 << 20
+	eachEntered(t, func(t *testing.T, p *publishable) {
+		for _, ns := range []*topo.NS{p.ns, p.bridge.containers[1]} {
+			if out, err := ns.Run("", "sh", "-ec", off); err != nil {
+				missing(t, "settings of TCP: %v: %s", err, out)
+			}
+			for _, f := range families {
+				for _, port := range []int{18080, 18081} {
+					c := p.enter(t, f, at(f.world, 0), port, "kernel")
+					go func() {
+						c.Write(make([]byte, size))
+						c.CloseWrite()
+					}()
+					if n, err := io.Copy(io.Discard, c); n != size || err != nil {
+						t.Errorf("port %d, %s: %d bytes came back of %d, %v", port, f.name, n, size, err)
+					}
+				}
+			}
 		}
 	})
 }
