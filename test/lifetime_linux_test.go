@@ -48,6 +48,35 @@ func TestDaemonKilled(t *testing.T) {
 	})
 }
 
+// TestDaemonKilledGuestEnds: the next start of the same name waits until the guest of the
+// one that was killed has ended: two dockerds on the same files would ruin them.
+func TestDaemonKilledGuestEnds(t *testing.T) {
+	eachUser(t, func(t *testing.T, n *topo.Topology, u user) {
+		name := newName()
+		cmd := u.slipway("run", "--name", name, "--", "sh", "-c", "trap 'sleep 2; exit' TERM; echo $$; while :; do sleep 0.1; done")
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := n.Host.Start(cmd); err != nil {
+			t.Fatal(err)
+		}
+		var pid int
+		if _, err := fmt.Fscanln(out, &pid); err != nil {
+			t.Fatal(err)
+		}
+		cmd.Process.Kill()
+		cmd.Wait()
+		gone := fmt.Sprintf("test ! -d /proc/%d", pid)
+		if err := exec.Command("sh", "-c", gone).Run(); err == nil {
+			t.Error("the guest has ended already: this shows nothing")
+		}
+		if r := finish(t, n.Host, u.slipway("run", "--name", name, "--", "sh", "-c", gone), 15*time.Second); r.code != 0 {
+			t.Errorf("next start: status %d: %s", r.code, r.stderr)
+		}
+	})
+}
+
 // withoutState leaves out the state directory of the engine.
 func withoutState(names []string, u user, engine string) (rest []string) {
 	dir := filepath.Join(u.stateDir(), engine)

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/slipway-net/slipway/dns"
@@ -97,6 +98,37 @@ func Run(ctx context.Context, o Options) (int, error) {
 	return code, nil
 }
 
+// endingPoll is how often openState looks whether a guest has ended, and endingGrace how
+// much longer than its time to stop that may take.
+const (
+	endingPoll  = 50 * time.Millisecond
+	endingGrace = 10 * time.Second
+)
+
+// openState makes the state directory. It waits for the guest of an earlier slipway of
+// this name that was killed, unless a signal ends us, which it returns.
+func (e *engine) openState(ctx context.Context, signals *signals) (syscall.Signal, error) {
+	var err error
+	for end := time.Now().Add(e.cfg.StopTimeout + endingGrace); ; time.Sleep(endingPoll) {
+		waited := errors.Is(err, ErrEnding)
+		if e.state, err = openState(stateRoot(), e.opts.Name); !errors.Is(err, ErrEnding) {
+			return 0, err
+		}
+		if !waited {
+			e.log.Warn("waiting", slog.Any("why", err), slog.Duration("stop_timeout", e.cfg.StopTimeout))
+		}
+		if sig := e.interrupted(ctx, signals); sig != 0 {
+			return sig, nil
+		}
+		if ctx.Err() != nil {
+			return 0, context.Cause(ctx)
+		}
+		if time.Now().After(end) {
+			return 0, err
+		}
+	}
+}
+
 func (e *engine) run(ctx context.Context) (code int, err error) {
 	if e.cfg, err = e.opts.Config.Engine(e.opts.Name); err != nil {
 		return 0, err
@@ -109,8 +141,8 @@ func (e *engine) run(ctx context.Context) (code int, err error) {
 	defer log.close()
 	e.log = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: e.level})).With(slog.String("engine", e.opts.Name))
 
-	if e.state, err = openState(stateRoot(), e.opts.Name); err != nil {
-		return 0, err
+	if sig, err := e.openState(ctx, signals); sig != 0 || err != nil {
+		return 128 + int(sig), err
 	}
 	defer func() {
 		if cerr := e.state.Close(); cerr != nil {
@@ -320,6 +352,7 @@ func (e *engine) spec() nsagent.Spec {
 		PingRange:     true,
 		NonlocalBind:  e.isDockerd(),
 		StopTimeout:   e.cfg.StopTimeout,
+		Held:          e.state.guest,
 	}
 	if s.StopTimeout == 0 {
 		s.StopTimeout = -1 // the agent's word for "at once"

@@ -17,7 +17,10 @@ import (
 // Every running engine has a directory ROOT/NAME with a file "lock" that its daemon
 // keeps locked (flock(2)); the kernel drops the lock with the daemon, however it ends.
 // So a directory whose lock is free is stale, whatever its age, and the next start
-// clears it. ROOT itself is locked for the moment in which a directory is made or
+// clears it. The agent has the lock of a second file, "guest", too, and lives until the
+// last process of the guest has ended: after kill -9 of the daemon that takes as long as
+// the guest has time to stop, and the next start waits. Two dockerds on the same files
+// would ruin them. ROOT itself is locked for the moment in which a directory is made or
 // removed: else one start could lock a file that another is about to delete. ROOT is
 // removed with the last engine.
 
@@ -25,12 +28,15 @@ import (
 type stateDir struct {
 	root, path string
 	lock       *os.File
+	guest      *os.File
 }
 
 // Errors of openState, wrapped with the name.
 var (
 	// ErrRunning says that an engine of that name is running.
 	ErrRunning = errors.New("already running")
+	// ErrEnding says that slipway was killed, and the guest is about to end.
+	ErrEnding = errors.New("the guest of a slipway that was killed has not ended yet")
 	// ErrNotOurs says that a directory belongs to somebody else, or others may
 	// write to it.
 	ErrNotOurs = errors.New("not a private directory of this user")
@@ -72,37 +78,58 @@ func openState(root, name string) (*stateDir, error) {
 }
 
 // open does the work of openState with the root locked.
-func (s *stateDir) open() error {
+func (s *stateDir) open() (err error) {
 	if err := privateDir(s.path); err != nil {
 		return err
 	}
-	lock, err := os.OpenFile(s.file("lock"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if s.lock, err = s.take("lock", ErrRunning); err != nil {
+		return err
+	}
+	if s.guest, err = s.take("guest", ErrEnding); err == nil {
+		err = s.clear()
+	}
 	if err != nil {
-		return err
+		s.release()
 	}
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		lock.Close()
-		if err == unix.EWOULDBLOCK {
-			return ErrRunning
-		}
-		return fmt.Errorf("lock %s: %w", lock.Name(), err)
-	}
-	s.lock = lock
-	if err := s.clear(); err != nil {
-		lock.Close()
-		return err
-	}
-	return nil
+	return err
 }
 
-// clear removes everything but the lock.
+// take locks a file of the directory, or fails with taken.
+func (s *stateDir) take(name string, taken error) (*os.File, error) {
+	f, err := os.OpenFile(s.file(name), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	switch err {
+	case nil:
+		return f, nil
+	case unix.EWOULDBLOCK:
+		err = taken
+	default:
+		err = fmt.Errorf("lock %s: %w", f.Name(), err)
+	}
+	f.Close()
+	return nil, err
+}
+
+// release lets go of the locks.
+func (s *stateDir) release() error {
+	var err error
+	if s.guest != nil {
+		err = s.guest.Close()
+	}
+	return errors.Join(err, s.lock.Close())
+}
+
+// clear removes everything but the locks.
 func (s *stateDir) clear() error {
 	entries, err := os.ReadDir(s.path)
 	if err != nil {
 		return err
 	}
 	for _, e := range entries {
-		if e.Name() == "lock" {
+		if e.Name() == "lock" || e.Name() == "guest" {
 			continue
 		}
 		if err := os.RemoveAll(s.file(e.Name())); err != nil {
@@ -129,12 +156,12 @@ func (s *stateDir) write(name string, b []byte) error {
 func (s *stateDir) Close() error {
 	unlock, err := lockRoot(s.root)
 	if err != nil {
-		return errors.Join(err, s.lock.Close())
+		return errors.Join(err, s.release())
 	}
 	defer unlock()
 	err = os.RemoveAll(s.path)
 	os.Remove(s.root) // fails while another engine runs
-	return errors.Join(err, s.lock.Close())
+	return errors.Join(err, s.release())
 }
 
 // lockRoot makes root and locks it; the caller calls unlock soon.

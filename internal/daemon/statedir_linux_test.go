@@ -35,7 +35,8 @@ func TestStateDirLife(t *testing.T) {
 	}
 }
 
-// A daemon that was killed leaves its directory; the lock is gone with it.
+// A daemon that was killed leaves its directory; the lock is gone with it, and that of the
+// guest with the agent.
 func TestStateDirStale(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "slipway")
 	s, err := openState(root, "a")
@@ -48,12 +49,19 @@ func TestStateDirStale(t *testing.T) {
 	if names, _ := enginesIn(root); len(names) != 0 {
 		t.Errorf("engines = %v", names)
 	}
+	if _, err := openState(root, "a"); !errors.Is(err, ErrEnding) {
+		t.Errorf("open beside a guest = %v, want ErrEnding", err)
+	}
+	if _, err := os.Lstat(s.file("pid")); err != nil {
+		t.Errorf("a directory whose guest has not ended was cleared: %v", err)
+	}
+	s.guest.Close()
 	s, err = openState(root, "a")
 	if err != nil {
 		t.Fatal(err)
 	}
 	entries, _ := os.ReadDir(s.path)
-	if len(entries) != 1 || entries[0].Name() != "lock" {
+	if len(entries) != 2 || entries[0].Name() != "guest" || entries[1].Name() != "lock" {
 		t.Errorf("left: %v", entries)
 	}
 	s.Close()

@@ -63,6 +63,11 @@ type Spec struct {
 	// are killed. Zero means DefaultStopTimeout, negative kills at once.
 	StopTimeout time.Duration
 
+	// Held, if there is one, stays open in the agent: a lock on it tells until when
+	// there may be something of the guest, also after a kill -9 of the caller, whose it
+	// stays.
+	Held *os.File `json:"-"`
+
 	// noOwner has the agent do as on kernels whose tables have no owners, for tests.
 	noOwner bool
 }

@@ -190,6 +190,9 @@ func (a *Agent) fork(path string, argv []string, extra []*os.File, sys *syscall.
 	defer null.Close()
 	// os.Stderr is for the trace of a crash; all else travels by the socket.
 	files := append([]*os.File{null, null, os.Stderr, theirs}, extra...)
+	if a.spec.Held != nil {
+		files = append(files, a.spec.Held)
+	}
 	agents.mu.Lock() // a child of ours is either known or not ours: see killStrays
 	defer agents.mu.Unlock()
 	a.proc, err = os.StartProcess(path, argv, &os.ProcAttr{Env: agentEnv(), Files: files, Sys: sys})
