@@ -365,6 +365,9 @@ func TestPublishPrivileged(t *testing.T) {
 	})
 }
 
+// autoReading is how often the guest's sockets are read.
+const autoReading = 500 * time.Millisecond
+
 // TestPublishAuto: what listens in the guest beyond its loopback is published, for as
 // long as it does.
 func TestPublishAuto(t *testing.T) {
@@ -398,6 +401,14 @@ func TestPublishAuto(t *testing.T) {
 			}
 		})
 		expectListeners(t, n, "one listens", taken, onAll("tcp", 18081), onAll("udp", 18081))
+		t.Run("of_somebody_else", func(t *testing.T) {
+			e.publish(t, "127.0.0.1:18084:18084", "127.0.0.1:18084:18084/udp")
+			tellSource(t, e.guest, 18084)
+			time.Sleep(3 * autoReading) // it is seen
+			e.withdraw(t, "127.0.0.1:18084:18084", "127.0.0.1:18084:18084/udp")
+			time.Sleep(3 * autoReading)
+			expectListeners(t, n, "withdrawn", taken, onAll("tcp", 18081), onAll("udp", 18081))
+		})
 	})
 }
 

@@ -25,6 +25,7 @@ const (
 	answerLen        = 72
 	socketAt         = 4 // in an answer
 	addressAt        = socketAt + 4
+	cookieAt         = socketAt + 40
 	attrOnly6        = 11 // INET_DIAG_SKV6ONLY, one byte
 
 	// States, from net/tcp_states.h. A UDP socket that is not connected is closed.
@@ -181,6 +182,7 @@ func parse(b []byte, proto flow.Proto) (s Socket, ok bool) {
 		return s, false
 	}
 	s = Socket{Proto: proto, Local: netip.AddrPortFrom(a, binary.BigEndian.Uint16(b[socketAt:]))}
+	s.Cookie = binary.NativeEndian.Uint64(b[cookieAt:])
 	s.Only6 = a.Is6() && only6(b[answerLen:])
 	return s, s.Local.Port() != 0
 }

@@ -223,6 +223,34 @@ func TestDiag(t *testing.T) {
 	}
 }
 
+// A socket keeps its cookie, and the next at the same port has another.
+func TestDiagCookie(t *testing.T) {
+	g := startGuest(t)
+	cookie := func(network string) (c uint64) {
+		t.Helper()
+		g.tell("listen " + network + " 0.0.0.0:80")
+		for range 2 {
+			before := c
+			if err := g.diag.Read(func(s Socket) { c = s.Cookie }); err != nil {
+				t.Fatal(err)
+			}
+			if c == 0 || before != 0 && c != before {
+				t.Errorf("%s: cookie %d, was %d", network, c, before)
+			}
+		}
+		g.tell("close " + network + " 0.0.0.0:80")
+		return c
+	}
+	seen := make(map[uint64]bool)
+	for _, network := range []string{"tcp4", "tcp4", "udp4", "udp4"} {
+		c := cookie(network)
+		if seen[c] {
+			t.Errorf("%s: cookie %d again", network, c)
+		}
+		seen[c] = true
+	}
+}
+
 // More than one part of an answer.
 func TestDiagManySockets(t *testing.T) {
 	g := startGuest(t)

@@ -13,10 +13,14 @@
 // (a name server on each, for one), and the gateway's, where slipway's own sockets are.
 // UDP sockets at a port that the kernel chose are somebody's who asks, not who serves.
 //
-// A port appears when two readings in a row have it, and when somebody else who has it
-// published gives it back. It goes when two have it not. A reading is not a picture of one
-// moment: a socket that ends meanwhile may hide its neighbour. Servers that start again
-// within the time keep their port.
+// A port appears when two readings in a row have it, and goes when two have it not. A
+// reading is not a picture of one moment: a socket that ends meanwhile may hide its
+// neighbour. Servers that start again within the time keep their port.
+//
+// A socket whose port somebody else has published is that one's for as long as it lives,
+// also when the port is given back: the engine's proxy listens inside for a container, and
+// goes on for a moment when its port is withdrawn, or for as long as the container does.
+// The kernel's cookie tells one socket from the next at the same port.
 //
 // What could not be published is tried again, ever more rarely, as whoever has the port
 // on the host may give it up. Each reason is logged once while it stays the same; an engine
@@ -63,6 +67,9 @@ type Socket struct {
 	Proto flow.Proto
 	Local netip.AddrPort // as it is bound; ::ffff:0:0/96 is IPv4
 	Only6 bool           // it is of IPv6 and takes no IPv4
+
+	// Cookie is the socket's own; no other of the kernel's ever has it.
+	Cookie uint64
 }
 
 // Config says what to watch.
@@ -81,10 +88,10 @@ type Config struct {
 	// the errors of those that could not be, with a method Hint if there is something
 	// to be done. Only Watch calls it, and not after its end.
 	Apply func([]flow.PortSpec) []error
-	// Held tells whether somebody else has published a port: it is left alone then
-	// without a word, as long as that is so. A container's port is one, where the
-	// engine's proxy listens inside. It is asked for every port at every reading. It may
-	// be nil.
+	// Held tells whether somebody else has published a port: the sockets that are there
+	// are left alone then without a word, until they end. A container's port is one, where
+	// the engine's proxy listens inside. It is asked for every port at every reading. It
+	// may be nil.
 	Held func(flow.Proto, uint16) bool
 
 	Log *slog.Logger
@@ -92,7 +99,7 @@ type Config struct {
 
 // Watch has the ports of an engine published until ctx ends, and none afterwards.
 func Watch(ctx context.Context, c Config) {
-	w := watcher{Config: c, saying: rate.NewLimiter(rate.Every(sayEvery), saidAtOnce)}
+	w := watcher{Config: c, others: make(map[uint64]uint64), saying: rate.NewLimiter(rate.Every(sayEvery), saidAtOnce)}
 	defer w.Apply(nil)
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
@@ -127,6 +134,9 @@ type ports map[port]families
 type watcher struct {
 	Config
 
+	reading uint64            // counts them
+	others  map[uint64]uint64 // cookies of sockets that are somebody else's, and the last reading that had them
+
 	before    ports           // of the last reading
 	listening ports           // that two readings agreed on
 	published []flow.PortSpec // of the last Apply
@@ -140,8 +150,13 @@ type watcher struct {
 
 // turn reads once.
 func (w *watcher) turn() {
-	now := make(ports)
-	if err := w.Read(func(s Socket) { w.note(now, s) }); err != nil {
+	var found []Socket
+	note := func(s Socket) {
+		if w.counts(s) {
+			found = append(found, s)
+		}
+	}
+	if err := w.Read(note); err != nil {
 		if text := err.Error(); text != w.unread {
 			w.unread = text
 			w.Log.Warn("listeners cannot be read", slog.String("why", text))
@@ -149,11 +164,39 @@ func (w *watcher) turn() {
 		return
 	}
 	w.unread = ""
+	now := w.ours(found)
 	w.listening, w.before = w.settled(now), now
 	specs := w.specs()
 	if changed := !slices.Equal(specs, w.published); changed || !w.retry.IsZero() && !time.Now().Before(w.retry) {
 		w.apply(specs, changed)
 	}
+}
+
+// ours returns the ports of those sockets that are nobody else's. Those that are go at once:
+// the ports of the last reading lose them, too.
+func (w *watcher) ours(found []Socket) ports {
+	w.reading++
+	now, held := make(ports), make(map[port]bool)
+	for _, s := range found {
+		p := port{s.Proto, s.Local.Port()}
+		taken, asked := held[p]
+		if !asked {
+			taken = w.Held != nil && w.Held(p.proto, p.number)
+			held[p] = taken
+		}
+		switch _, known := w.others[s.Cookie]; {
+		case taken || known:
+			w.others[s.Cookie] = w.reading
+		default:
+			now[p] |= w.families(s)
+		}
+		if taken {
+			delete(w.before, p)
+			delete(w.listening, p)
+		}
+	}
+	maps.DeleteFunc(w.others, func(_, last uint64) bool { return last+1 < w.reading })
+	return now
 }
 
 // settled returns the ports that two readings agree on, and as they were where they do not.
@@ -204,9 +247,6 @@ func (w *watcher) specs() (specs []flow.PortSpec) {
 		if len(specs) == maxPorts {
 			break
 		}
-		if w.Held != nil && w.Held(p.proto, p.number) {
-			continue
-		}
 		specs = append(specs, flow.PortSpec{
 			Proto: p.proto,
 			Host:  netip.AddrPortFrom(w.listening[p].wildcard(), p.number),
@@ -256,15 +296,12 @@ func (w *watcher) log(err error) {
 	w.Log.Warn("a listener is not published", attrs...)
 }
 
-// note adds a socket to found if it counts.
-func (w *watcher) note(found ports, s Socket) {
-	n := s.Local.Port()
-	if s.Proto == flow.UDP && w.LocalPorts[0] <= n && n <= w.LocalPorts[1] {
-		return
+// counts tells whether a socket is one that is published.
+func (w *watcher) counts(s Socket) bool {
+	if n := s.Local.Port(); s.Proto == flow.UDP && w.LocalPorts[0] <= n && n <= w.LocalPorts[1] {
+		return false
 	}
-	if f := w.families(s); f != 0 {
-		found[port{s.Proto, n}] |= f
-	}
+	return w.families(s) != 0
 }
 
 // families returns how a socket can be reached from outside.

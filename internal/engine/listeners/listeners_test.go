@@ -22,6 +22,7 @@ import (
 type engine struct {
 	mu      sync.Mutex // guards what follows
 	sockets []Socket
+	cookies map[string]uint64
 	failing error // of Read
 	applied []string
 	calls   int
@@ -80,14 +81,21 @@ func (e *engine) apply(specs []flow.PortSpec) (errs []error) {
 	return errs
 }
 
-// set replaces the sockets: "tcp 0.0.0.0:80", or "tcp6only [::]:80".
+// set replaces the sockets: "tcp 0.0.0.0:80", or "tcp6only [::]:80". The same words are the
+// same socket; "tcp 0.0.0.0:80 again" is another.
 func (e *engine) set(words ...string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.sockets = nil
+	if e.cookies == nil {
+		e.cookies = make(map[string]uint64)
+	}
 	for _, w := range words {
-		kind, address, _ := strings.Cut(w, " ")
-		s := Socket{Proto: flow.TCP, Local: netip.MustParseAddrPort(address), Only6: kind == "tcp6only"}
+		if e.cookies[w] == 0 {
+			e.cookies[w] = uint64(len(e.cookies) + 1)
+		}
+		kind, address, _ := strings.Cut(strings.TrimSuffix(w, " again"), " ")
+		s := Socket{Proto: flow.TCP, Cookie: e.cookies[w], Local: netip.MustParseAddrPort(address), Only6: kind == "tcp6only"}
 		if kind == "udp" {
 			s.Proto = flow.UDP
 		}
@@ -294,31 +302,51 @@ func TestLogIsLimited(t *testing.T) {
 	})
 }
 
-// A port that somebody else has published is no failure.
+// A port that somebody else has published is no failure, and its sockets are never ours.
 func TestHeldByOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := engine{held: map[uint16]bool{80: true}}
-		e.set("tcp 0.0.0.0:80", "tcp 0.0.0.0:81")
+		hold := func(held bool) {
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			e.held[80] = held
+		}
+		e.set("tcp 0.0.0.0:80", "tcp6only [::]:80", "tcp 0.0.0.0:81")
 		stop := e.watch(t, nil)
 		pass(1)
 		e.want(t, "0.0.0.0:81:81/tcp")
-		for _, held := range []bool{false, true, false} { // taken from us, too
-			want := []string{"0.0.0.0:80:80/tcp", "0.0.0.0:81:81/tcp"}
-			if held {
-				want = want[1:]
-			}
-			pass(1000)
-			e.mu.Lock()
-			e.held[80] = held
-			e.mu.Unlock()
-			pass(1)
-			e.want(t, want...)
-		}
-		calls := e.count()
+
+		hold(false) // the proxy has withdrawn its port, and goes on listening
 		pass(1000)
-		if n := e.count(); n != calls {
-			t.Errorf("applied %d times although all is well", n-calls)
+		e.want(t, "0.0.0.0:81:81/tcp")
+		e.set("tcp 0.0.0.0:81") // a reading that has lost it
+		pass(1)
+		e.set("tcp 0.0.0.0:80", "tcp6only [::]:80", "tcp 0.0.0.0:81")
+		pass(1000)
+		e.want(t, "0.0.0.0:81:81/tcp")
+		calls := e.count()
+		if calls != 1 {
+			t.Errorf("applied %d times although all is well", calls)
 		}
+
+		e.set("tcp 0.0.0.0:80 again", "tcp6only [::]:80", "tcp 0.0.0.0:81") // somebody who follows it
+		pass(2)
+		e.want(t, "0.0.0.0:80:80/tcp", "0.0.0.0:81:81/tcp")
+		hold(true) // taken from us, too
+		pass(1)
+		e.want(t, "0.0.0.0:81:81/tcp")
+		hold(false)
+		pass(1000)
+		e.want(t, "0.0.0.0:81:81/tcp")
+		if n := e.count(); n != calls+2 {
+			t.Errorf("applied %d times, want 2", n-calls)
+		}
+
+		e.set("tcp 0.0.0.0:81")
+		pass(2)
+		e.set("tcp 0.0.0.0:80", "tcp 0.0.0.0:81") // forgotten with its end
+		pass(2)
+		e.want(t, "0.0.0.0:80:80/tcp", "0.0.0.0:81:81/tcp")
 		stop()
 		if e.log.Len() > 0 {
 			t.Errorf("said:\n%s", &e.log)
