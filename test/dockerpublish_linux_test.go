@@ -180,6 +180,23 @@ func (d *docker) kill(t *testing.T, id string) {
 	unix.Kill(pid, unix.SIGKILL)
 }
 
+// TestPublishDockerNoProxy: a dockerd whose options turn its proxy off is watched instead.
+func TestPublishDockerNoProxy(t *testing.T) {
+	needDockerd(t)
+	eachDockerd(t, func(t *testing.T, k dockerdKind) {
+		n := newTopology(t)
+		k.options = append(slices.Clone(k.options), "--userland-proxy=false")
+		d := newUpDocker(t, k, "")
+		d.up(t, n)
+		d.must(t, "import", busyboxImage(t, d.dir), dockerImage)
+		c := d.runImage(t, "-p", "127.0.0.1:18080:80", "-p", topo.Host4.String()+":18081:80")
+		expectListeners(t, n, "docker run", []string{"tcp 127.0.0.1:18080", "tcp " + topo.Host4.String() + ":18081"})
+		d.inside(t, c)
+		d.must(t, "rm", "-f", c)
+		expectListeners(t, n, "docker rm")
+	})
+}
+
 // TestPublishDocker is the life of published containers.
 func TestPublishDocker(t *testing.T) {
 	needDockerd(t)

@@ -37,6 +37,7 @@ func (e *engine) prepareDockerd(ctx context.Context) error {
 		Configured: docker.Configured(e.cfg.Command, os.ReadFile),
 	})
 	e.wrapper = docker.DockerdWrapper(e.cfg.Command)
+	e.silent = docker.ProxyOff(e.cfg.Command, os.ReadFile)
 	return nil
 }
 

@@ -80,6 +80,7 @@ type engine struct {
 	unpublished sync.Map // by owner, the []error of its last list; see reconcile
 
 	wrapper []string // in front of the command; see docker.DockerdWrapper
+	silent  bool     // a dockerd that does not publish by our proxy
 
 	pathWhy string // why the kernel path is used, or not
 }

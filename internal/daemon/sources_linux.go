@@ -99,11 +99,12 @@ func (e *engine) dockerSocket() string {
 }
 
 // dockerWatch says which engine's API is watched, and for what: the containers of an
-// engine that we have set up publish by slipway-docker-proxy.
+// engine that we have set up publish by slipway-docker-proxy, unless its options keep it
+// from that.
 func (e *engine) dockerWatch(ctx context.Context) docker.Config {
 	r := e.reconciler(ctx, ownerDocker)
 	return docker.Config{
-		Socket: e.dockerSocket(), ServicesOnly: e.cfg.DockerAPI == "", Log: e.log,
+		Socket: e.dockerSocket(), ServicesOnly: e.cfg.DockerAPI == "" && !e.silent, Log: e.log,
 		Apply: func(specs []flow.PortSpec) {
 			r.apply(slices.DeleteFunc(specs, func(s flow.PortSpec) bool {
 				return e.book.Held(ownerDocker, s.Proto, s.Host.Port())

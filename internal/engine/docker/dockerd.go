@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -165,13 +166,34 @@ func given(args []string, c dockerdOption) bool {
 // Configured returns the keys of the configuration file that args name, read with read
 // (os.ReadFile); none if they name none. dockerd itself tells what is wrong with a file.
 func Configured(args []string, read func(string) ([]byte, error)) []string {
+	return slices.Sorted(maps.Keys(configured(args, read)))
+}
+
+func configured(args []string, read func(string) ([]byte, error)) (file map[string]json.RawMessage) {
 	b, err := read(configFile(args))
 	if err != nil {
 		return nil
 	}
-	var file map[string]json.RawMessage
 	json.Unmarshal(b, &file)
-	return slices.Sorted(maps.Keys(file))
+	return file
+}
+
+// ProxyOff reports whether a dockerd with the options args says nothing of its ports,
+// because they or the configuration file that they name turn its proxy off, or choose
+// another one. read is as in Configured.
+func ProxyOff(args []string, read func(string) ([]byte, error)) bool {
+	file := configured(args, read)
+	if _, other := file["userland-proxy-path"]; other || given(args, dockerdOption{long: "userland-proxy-path"}) {
+		return true
+	}
+	on := string(file["userland-proxy"]) != "false"
+	for _, a := range args {
+		if v, ok := strings.CutPrefix(a, "--userland-proxy="); ok {
+			b, err := strconv.ParseBool(v)
+			on = b || err != nil // which dockerd refuses
+		}
+	}
+	return !on
 }
 
 func configFile(args []string) string {

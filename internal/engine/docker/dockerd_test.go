@@ -122,3 +122,38 @@ func missing(t *testing.T, err error) {
 	}
 	t.Skipf("this machine lacks what the test needs: %v", err)
 }
+
+func TestProxyOff(t *testing.T) {
+	files := map[string]string{
+		"off.json": `{"userland-proxy": false}`, "on.json": `{"userland-proxy": true}`, "other.json": `{"userland-proxy-path": "/usr/bin/p"}`,
+		"none.json": `{"debug": true}`, "broken.json": `{"userland-proxy": fal`,
+	}
+	read := func(name string) ([]byte, error) {
+		if s, ok := files[name]; ok {
+			return []byte(s), nil
+		}
+		return nil, os.ErrNotExist
+	}
+	for args, want := range map[string]bool{
+		"":                                      false,
+		"--debug":                               false,
+		"--userland-proxy":                      false,
+		"--userland-proxy=true":                 false,
+		"--userland-proxy=false":                true,
+		"--userland-proxy=0":                    true,
+		"--userland-proxy=nonsense":             false,
+		"--userland-proxy-path /bin/p":          true,
+		"--userland-proxy-path=/bin/p":          true,
+		"--config-file off.json":                true,
+		"--config-file=on.json":                 false,
+		"--config-file other.json":              true,
+		"--config-file none.json":               false,
+		"--config-file broken.json":             false,
+		"--config-file missing.json":            false,
+		"--userland-proxy=0 --userland-proxy=1": false,
+	} {
+		if got := ProxyOff(strings.Fields(args), read); got != want {
+			t.Errorf("%q: %v, want %v", args, got, want)
+		}
+	}
+}
