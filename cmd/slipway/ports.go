@@ -297,6 +297,9 @@ func parseTargets(words []string) (targets []portTarget, err error) {
 			targets = append(targets, portTarget{id: id})
 			continue
 		}
+		if !strings.Contains(w, ":") {
+			return nil, fmt.Errorf("port %q: must be an ID of ports ls, or a SPEC like 8080:80", w)
+		}
 		specs, err := flow.ParsePorts(w)
 		if err != nil {
 			return nil, err
@@ -326,7 +329,7 @@ func removePorts(ctx context.Context, c *api.Client, engine string, targets []po
 	for _, t := range targets {
 		id, ok := have.find(t)
 		if !ok {
-			problems = append(problems, &daemon.Problem{Err: fmt.Errorf("withdraw %v on %s: not published", t, engine), Hint: hint})
+			problems = append(problems, &daemon.Problem{Err: fmt.Errorf("withdraw %v on %s: %s", t, engine, whyNot(t, ports)), Hint: hint})
 			continue
 		}
 		_, err := askOne(ctx, func(ctx context.Context) (struct{}, error) { return struct{}{}, c.RemovePort(ctx, id) })
@@ -335,6 +338,20 @@ func removePorts(ctx context.Context, c *api.Client, engine string, targets []po
 		}
 	}
 	return problems
+}
+
+// whyNot says why t is none of ports: a port of the host is easily taken for an ID.
+func whyNot(t portTarget, ports []api.Port) string {
+	var meant []string
+	for _, p := range ports {
+		if s, err := p.Spec.Flow(); err == nil && t.id != 0 && uint64(s.Host.Port()) == t.id {
+			meant = append(meant, s.String())
+		}
+	}
+	if len(meant) == 0 {
+		return "not published"
+	}
+	return fmt.Sprintf("%d is no ID; did you mean %s?", t.id, strings.Join(meant, " or "))
 }
 
 // String is the target as it was named.

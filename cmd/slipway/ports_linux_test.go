@@ -240,6 +240,23 @@ func TestPortsAddInPart(t *testing.T) {
 	}
 }
 
+// A port of the host is no ID, and its SPEC is named.
+func TestPortsRemoveByNumber(t *testing.T) {
+	f := pretend(t, "web")
+	slipway(t, "ports", "add", "8080:80", "127.0.0.1:8081:81", "[::1]:8081:81/udp")
+	for id, why := range map[string]string{
+		"8080": "8080 is no ID; did you mean 8080:192.168.65.3:80/tcp?",
+		"8081": "8081 is no ID; did you mean 127.0.0.1:8081:192.168.65.3:81/tcp or [::1]:8081:192.168.65.3:81/udp?",
+		"8082": "not published",
+	} {
+		r := slipway(t, "ports", "rm", "web", id)
+		want := "slipway: withdraw port " + id + " on web: " + why + "\nhint: slipway ports ls web\n"
+		if r.code != 125 || r.stderr != want || len(f.Ports(t.Context())) != 3 {
+			t.Errorf("status %d, %s", r.code, r.stderr)
+		}
+	}
+}
+
 func TestPortsWhichEngine(t *testing.T) {
 	check := func(hint string, args ...string) {
 		t.Helper()
@@ -287,6 +304,8 @@ func TestPublishErrors(t *testing.T) {
 		{[]string{"ports", "rm", "web"}, "ID or SPEC is missing"},
 		{[]string{"ports", "add", "web", "--proxy-protocol", "1:2/udp"}, "--proxy-protocol: 1:2/udp: it is for TCP only"},
 		{[]string{"ports", "rm", "web", "0:80"}, "0 names no port"},
+		{[]string{"ports", "rm", "web", "foo"}, `port "foo": must be an ID of ports ls, or a SPEC like 8080:80`},
+		{[]string{"ports", "rm", "web", "0"}, `port "0": must be an ID of ports ls, or a SPEC like 8080:80`},
 		{[]string{"ports", "rm", "web", "-1"}, "slipway ports rm"},
 		{[]string{"docker", "-x"}, "slipway docker"},
 	}
