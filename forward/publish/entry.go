@@ -79,7 +79,7 @@ func (b *Book) reserve(owner string, asked flow.PortSpec) (e *entry, found bool,
 		}
 		if e := b.conflictLocked(owner, asked.Proto, claims); e != nil {
 			if !b.waitLocked(e) && !b.yieldLocked(e, owner) {
-				return nil, false, e.conflict(asked, claims)
+				return nil, false, e.conflict(asked, claims, b.differsLocked(e, owner, asked))
 			}
 			continue
 		}
@@ -117,6 +117,25 @@ func (b *Book) ownLocked(owner string, asked flow.PortSpec) *entry {
 // together reports whether owner shares what e is.
 func (b *Book) together(e *entry, owner string) bool {
 	return slices.Contains(b.cfg.Together, owner) && slices.Contains(b.cfg.Together, e.owner())
+}
+
+// differsLocked is how e was asked for, if owner has it and that is all that keeps it from being
+// what asked means.
+func (b *Book) differsLocked(e *entry, owner string, asked flow.PortSpec) string {
+	if e.busy != nil || !e.has(owner) && !b.together(e, owner) {
+		return ""
+	}
+	alike := asked
+	alike.Source, alike.ProxyProtocol = e.asked.Source, e.asked.ProxyProtocol
+	switch {
+	case !e.means(alike):
+		return ""
+	case e.asked.ProxyProtocol && !asked.ProxyProtocol:
+		return "with a PROXY protocol header"
+	case asked.ProxyProtocol && !e.asked.ProxyProtocol:
+		return "without a PROXY protocol header"
+	}
+	return fmt.Sprintf("with the source_ip %s", e.source)
 }
 
 // joinLocked has owner be one of those who want e, which is not busy.

@@ -54,11 +54,23 @@ type Holder interface{ String() string }
 type Published struct {
 	Spec  flow.PortSpec // as it was asked for
 	Owner string
+
+	// Differs is what Spec does not say and all that the two have not in common, "" for
+	// none: "with the source_ip gateway".
+	Differs string
 }
 
-// String is "the published port SPEC of OWNER".
+// String is "the published port SPEC of OWNER", and how that differs.
 func (p Published) String() string {
-	return fmt.Sprintf("the published port %v of %s", p.Spec, p.Owner)
+	return p.By(fmt.Sprintf("the published port %v of %s", p.Spec, p.Owner))
+}
+
+// By is who, which stands for Spec and Owner, and how that differs.
+func (p Published) By(who string) string {
+	if p.Differs == "" {
+		return who
+	}
+	return who + ", " + p.Differs
 }
 
 // PassedOn is a Holder that is a socket of the Book's, for other addresses than were asked.

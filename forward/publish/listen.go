@@ -240,18 +240,19 @@ func (b *Book) inUseHere(owner string, spec flow.PortSpec) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if e := b.conflictLocked(owner, spec.Proto, []netip.AddrPort{spec.Host}); e != nil {
-		return e.conflict(spec, []netip.AddrPort{spec.Host})
+		return e.conflict(spec, []netip.AddrPort{spec.Host}, b.differsLocked(e, owner, spec))
 	}
 	return nil
 }
 
-// conflict is the error of somebody who asked for what e has.
-func (e *entry) conflict(asked flow.PortSpec, claims []netip.AddrPort) error {
+// conflict is the error of somebody who asked for what e has. How that differs is "" where
+// there is more to it.
+func (e *entry) conflict(asked flow.PortSpec, claims []netip.AddrPort, differs string) error {
 	i := slices.IndexFunc(claims, func(c netip.AddrPort) bool {
 		return slices.ContainsFunc(e.claims, func(d netip.AddrPort) bool { return Overlap(c.Addr(), d.Addr()) })
 	})
 	asked.Host = claims[max(i, 0)]
-	return &ConflictError{asked, Published{e.asked, e.owner()},
+	return &ConflictError{asked, Published{e.asked, e.owner(), differs},
 		"slipway ports ls shows it, slipway ports rm withdraws it"}
 }
 

@@ -141,6 +141,24 @@ func TestAddAgain(t *testing.T) {
 			t.Errorf("Add(%v): %v, want a conflict with what is there for another guest", other, err)
 		}
 	}
+	header := real
+	header.ProxyProtocol = true
+	elsewhere := spec(t, fmt.Sprintf("%d:81", p.Spec.Host.Port()))
+	elsewhere.Source = flow.SourceGateway
+	for _, tt := range []struct {
+		owner string
+		asked flow.PortSpec
+		want  string // the end of the error
+	}{
+		{"me", gateway, " of me, with the source_ip preserve"},
+		{"me", header, " of me, without a PROXY protocol header"},
+		{"me", elsewhere, " of me"},
+		{"you", gateway, " of me"},
+	} {
+		if _, err := b.Add(tt.owner, tt.asked); err == nil || !strings.HasSuffix(err.Error(), tt.want) {
+			t.Errorf("Add(%s, %+v): %v, want an end like %q", tt.owner, tt.asked, err, tt.want)
+		}
+	}
 	if q := add(t, b, "you", s); q == p || q.Spec.Host == p.Spec.Host {
 		t.Errorf("another owner's port 0 is %v, too", q.Spec.Host)
 	}

@@ -121,6 +121,22 @@ func TestToldOwner(t *testing.T) {
 	}
 }
 
+// Who asks for a port that is there in another way hears in which.
+func TestToldHowItDiffers(t *testing.T) {
+	e := bookEngine(t)
+	s := portSpecs(t, "127.0.0.1:0:80")[0]
+	s.Source = flow.SourceGateway
+	p, err := e.book.Add(api.OwnerAPI, s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const want = "of slipway ports add or the API, with the source_ip gateway"
+	_, err = backend{e}.AddPort(t.Context(), api.OwnerAPI, portSpecs(t, p.Listens[0].String()+":80")[0])
+	if err == nil || !strings.HasSuffix(err.Error(), want) {
+		t.Errorf("%v, expected %q", err, want)
+	}
+}
+
 // What is not about a port's holder stays as it is, and so does a stranger.
 func TestToldOthers(t *testing.T) {
 	e := bookEngine(t)
