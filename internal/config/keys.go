@@ -21,6 +21,9 @@ type key struct {
 	allowed string
 	parse   func(s *Settings, v any) error
 	get     func(s *Settings) string // in TOML
+
+	// explained is set where an error of one element says itself what is allowed there.
+	explained bool
 }
 
 // set stores v, or says that it is not in the allowed range.
@@ -32,6 +35,9 @@ func (k key) set(s *Settings, v any) error {
 	return inElement(err, func(err error) error {
 		if errors.Is(err, errNotAllowed) {
 			return fmt.Errorf("%s: %s is not allowed: must be %s", k.name, show(elementOf(v, err)), k.allowed)
+		}
+		if in := (*elementError)(nil); k.explained && errors.As(err, &in) {
+			return fmt.Errorf("%s: %w", k.name, err)
 		}
 		return fmt.Errorf("%s: %w: must be %s", k.name, err, k.allowed)
 	})
@@ -119,7 +125,7 @@ var keys = []key{
 	}, {
 		name: "publish", allowed: `a list like ["8080:80", "127.0.0.1:5353:53/udp", "8000-8009:9000-9009"]`,
 		parse: func(s *Settings, v any) error { return setPublish(&s.Publish, v) },
-		get:   func(s *Settings) string { return quoteAll(foldSpecs(s.Publish)) },
+		get:   func(s *Settings) string { return quoteAll(foldSpecs(s.Publish)) }, explained: true,
 	}, {
 		name: "publish_bind", allowed: `"as-asked", "loopback-default" or "loopback-only"`,
 		parse: func(s *Settings, v any) error {
