@@ -73,14 +73,23 @@ func (e *engine) publishConfigured(ctx context.Context) error {
 		errs[i] = e.told(ctx, ownerConfig, err)
 		hint = cmp.Or(hint, hintOf(errs[i]))
 	}
-	return &Problem{Err: errors.Join(errs...), Hint: hint}
+	return &Problem{Err: errors.Join(someOf(errs)...), Hint: hint}
+}
+
+// someOf shortens what is wrong with many ports: the reasons repeat.
+func someOf(errs []error) []error {
+	more := len(errs) - maxUnpublished
+	if more <= 0 {
+		return errs
+	}
+	return append(slices.Clone(errs[:maxUnpublished]), fmt.Errorf("publish: %d more ports could not be published", more))
 }
 
 // reloadPorts takes over what is configured about published ports. Ports of other owners
 // stay as they are.
 func (e *engine) reloadPorts(ctx context.Context, now config.Settings) {
 	e.book.Update(now.PublishBind, now.PublishPorts.Allows, now.SourceIP)
-	for _, why := range e.reconcile(ctx, ownerConfig, now.Publish) {
+	for _, why := range someOf(e.reconcile(ctx, ownerConfig, now.Publish)) {
 		e.log.Error("port not published", slog.Any("err", why))
 	}
 }
@@ -96,7 +105,7 @@ func (e *engine) reconcile(ctx context.Context, owner string, specs []flow.PortS
 	return errs
 }
 
-// maxUnpublished is how many ports of one owner the status says that they are not published.
+// maxUnpublished is how many ports of one owner are named that could not be published.
 const maxUnpublished = 8
 
 // unpublishedWarnings are what reconcile has kept, a line each.

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -63,5 +64,27 @@ func TestDockerdHint(t *testing.T) {
 	}
 	if got, want := dockerdHint(dir), "it is in "+dir+": export PATH=$PATH:"+dir; got != want {
 		t.Errorf("with dockerd: %q, want %q", got, want)
+	}
+}
+
+// Of many ports that fail some are named, and the rest are counted.
+func TestSomeOf(t *testing.T) {
+	var errs []error
+	for i := range maxUnpublished {
+		errs = append(errs, fmt.Errorf("port %d", i))
+		if got := someOf(errs); len(got) != len(errs) {
+			t.Errorf("%d of %d", len(got), len(errs))
+		}
+	}
+	for i := range 3 {
+		errs = append(errs, errors.New("more"))
+		got := someOf(errs)
+		want := fmt.Sprintf("publish: %d more ports could not be published", i+1)
+		if len(got) != maxUnpublished+1 || got[maxUnpublished].Error() != want {
+			t.Errorf("%d errors: %v, want %q at the end", len(errs), got, want)
+		}
+	}
+	if errs[maxUnpublished].Error() != "more" {
+		t.Error("the errors themselves were changed")
 	}
 }
