@@ -202,6 +202,13 @@ func TestPublishedProofRejects(t *testing.T) {
 		}, "kernel path"},
 		{"far_by_kernel", kernel, func(w *row, g *guestReport, s *servedReport) {
 			w.far, g.NetNS, s.IPerfPeer = true, 3, worldAddr.String()
+		}, ""},
+		{"far_fell_back", kernel, func(w *row, g *guestReport, s *servedReport) {
+			w.far, g.NetNS, s.IPerfPeer = true, 3, worldAddr.String()
+			s.Devices[slipwayDevice] = device{TxBytes: bytes}
+		}, "kernel path"},
+		{"far_by_netstack", publishSlipway(pathNetstack), func(w *row, g *guestReport, s *servedReport) {
+			w.far, g.NetNS, s.IPerfPeer = true, 3, worldAddr.String()
 		}, "90 of 1000"},
 		{"no_device", kernel, func(_ *row, _ *guestReport, s *servedReport) { s.Devices = nil }, "no slipway0"},
 		{"silent_server", kernel, func(w *row, _ *guestReport, s *servedReport) { w.load = "crr" }, "0 of 1000"},
