@@ -20,20 +20,7 @@ func TestDaemonKilled(t *testing.T) {
 	eachUser(t, func(t *testing.T, n *topo.Topology, u user) {
 		name := newName()
 		before := snapshot(t, n)
-		cmd := u.slipway("run", "--name", name, "--", "sh", "-c", "sleep 1000 & echo $$; wait")
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := n.Host.Start(cmd); err != nil {
-			t.Fatal(err)
-		}
-		var pid int
-		if _, err := fmt.Fscanln(out, &pid); err != nil {
-			t.Fatal(err)
-		}
-		cmd.Process.Kill()
-		cmd.Wait()
+		killedDaemon(t, n, u, name, "sleep 1000 & echo $$; wait")
 		var more []string
 		if !eventually(10*time.Second, func() bool {
 			more = withoutState(before.missingFrom(snapshot(t, n)), u, name)
@@ -53,20 +40,7 @@ func TestDaemonKilled(t *testing.T) {
 func TestDaemonKilledGuestEnds(t *testing.T) {
 	eachUser(t, func(t *testing.T, n *topo.Topology, u user) {
 		name := newName()
-		cmd := u.slipway("run", "--name", name, "--", "sh", "-c", "trap 'sleep 2; exit' TERM; echo $$; while :; do sleep 0.1; done")
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := n.Host.Start(cmd); err != nil {
-			t.Fatal(err)
-		}
-		var pid int
-		if _, err := fmt.Fscanln(out, &pid); err != nil {
-			t.Fatal(err)
-		}
-		cmd.Process.Kill()
-		cmd.Wait()
+		pid := killedDaemon(t, n, u, name, "trap 'sleep 2; exit' TERM; echo $$; while :; do sleep 0.1; done")
 		gone := fmt.Sprintf("test ! -d /proc/%d", pid)
 		if err := exec.Command("sh", "-c", gone).Run(); err == nil {
 			t.Error("the guest has ended already: this shows nothing")
@@ -75,6 +49,26 @@ func TestDaemonKilledGuestEnds(t *testing.T) {
 			t.Errorf("next start: status %d: %s", r.code, r.stderr)
 		}
 	})
+}
+
+// killedDaemon starts an engine with a script that prints its pid, kills slipway as soon as
+// it has, and returns the pid.
+func killedDaemon(t *testing.T, n *topo.Topology, u user, name, script string) (pid int) {
+	t.Helper()
+	cmd := u.slipway("run", "--name", name, "--", "sh", "-c", script)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Host.Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fmt.Fscanln(out, &pid); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Process.Kill()
+	cmd.Wait()
+	return pid
 }
 
 // withoutState leaves out the state directory of the engine.
