@@ -62,9 +62,7 @@ func (d *drain) unsent() int {
 	if unread, err := unix.IoctlGetInt(d.pair.other(d.leg).fd, unix.SIOCINQ); err == nil {
 		n += unread
 	}
-	if d.leg.left != nil {
-		n += len(d.leg.left.Bytes)
-	}
+	n += len(d.leg.left)
 	if d.leg.pipe != nil {
 		n += d.leg.pipe.n
 	}

@@ -23,11 +23,19 @@ import (
 //   - nothing is read that could not be written: while dst takes no more, src is left
 //     alone, and its window closes. What the kernel did not take of one read stays with
 //     dst (left, or a pipe) and goes first. So a flow holds at most one buffer or pipe
-//     a direction, and only while it is blocked.
+//     a direction, and only while it is blocked; of the large ones there are maxBlocks
+//     and maxPipes for all flows.
 //   - small messages are read into a buffer that all flows share and written from it:
-//     two system calls. When a read fills the buffer the flow is a bulk transfer, and
-//     its bytes go through a pipe with splice(2), which moves pages instead of copying
-//     them; after a few short reads it is treated as small again.
+//     two system calls. When a read brings smallRead bytes the flow is a bulk transfer;
+//     after a few short reads it is treated as small again.
+//   - the bytes of a bulk transfer go through a pipe with splice(2), which moves pages
+//     instead of copying them, unless dst takes large segments, as sockets on loopback
+//     do. A spliced segment has at most 17 pages of 4 KiB (MAX_SKB_FRAGS in
+//     include/linux/skbuff_ref.h, skb_splice_from_iter), and those pages are freed on a
+//     processor that is often not the sender's, who then writes to memory that no cache
+//     holds. Copies of readMost bytes leave in segments of up to 256 KiB (see
+//     nsagent's loopbackUp), and both their pages and the sender's come back to who
+//     filled them: a quarter more bytes in a second. See docs/benchmarks.md.
 //   - a FIN (end of file on src) is passed on as shutdown(2) of dst when everything
 //     before it has been written, and ends that direction only (RFC 9293 section 3.6).
 //     The second FIN closes both sockets, which sends it.
@@ -45,10 +53,17 @@ import (
 // Measured on 2 cores against goroutines with Go's poller, see docs/paths.md.
 
 const (
-	// smallRead is the size in bytes of the shared buffer: a read that fills it makes
-	// a flow a bulk transfer.
+	// smallRead is how many bytes are read at once of what is no bulk transfer; a read
+	// that brings as many makes it one.
 	smallRead = 64 << 10
-	// bulkFloor is how many bytes a splice of a bulk transfer brings at least; shortMost
+	// readMost is the size in bytes of the shared buffer, which a bulk transfer to a
+	// socket with large segments fills. It should stay in a processor's second level
+	// cache together with what is copied to and from it.
+	readMost = 384 << 10
+	// largeSegment is a maximum segment size in bytes that only loopback devices have:
+	// their MTU is 64 KiB, and a connection of theirs begins with half of it.
+	largeSegment = 16 << 10
+	// bulkFloor is how many bytes a read of a bulk transfer brings at least; shortMost
 	// of less in a row make it small again.
 	bulkFloor = 16 << 10
 	shortMost = 4
@@ -78,10 +93,13 @@ type leg struct {
 	failed   bool // the socket has an error
 	eof      bool // its FIN was read
 	shut     bool // our FIN was sent to it
-	bulk     bool // read with splice(2)
+	bulk     bool // reads bring much
 	short    uint8
+	large    bool // it sends large segments: known while the other leg is bulk
 
-	left *flow.Buf // bytes for this socket that it did not take yet, or
+	left []byte    // bytes for this socket that it did not take yet, nil without,
+	buf  *flow.Buf // which are here,
+	blk  *block    // or here
 	pipe *pipe     // the same, in a pipe
 }
 
@@ -166,7 +184,7 @@ const watchAll = loop.Readable | loop.Writable | loop.PeerShut | loop.Urgent
 
 // carry does one read and what follows from it; false ends the turn.
 func (p *pair) carry(src, dst *leg) bool {
-	if src.bulk && !src.urgent {
+	if src.bulk && !src.urgent && !dst.large {
 		if pp := p.s.pipes.get(); pp != nil {
 			return p.splice(src, dst, pp)
 		}
@@ -176,14 +194,17 @@ func (p *pair) carry(src, dst *leg) bool {
 
 // copy reads once and writes what it got.
 func (p *pair) copy(src, dst *leg) bool {
-	n, errno := rawRead(src.fd, p.s.scratch)
+	room := p.s.scratch[:smallRead]
+	if src.bulk && dst.large && p.s.blocks.spare() {
+		room = p.s.scratch[:]
+	}
+	n, errno := rawRead(src.fd, room)
 	if errno != 0 || n == 0 {
 		return p.readEnd(src, dst, errno)
 	}
-	b := p.s.scratch[:n]
-	if n == len(p.s.scratch) {
-		src.bulk, src.short = true, 0
-	} else if !src.ended && !src.urgent {
+	p.sized(src, dst, n)
+	b := room[:n]
+	if n < len(room) && !src.ended && !src.urgent {
 		src.readable = false // a short read has emptied the socket (epoll(7), Q9)
 	}
 	m, errno := rawWrite(dst.fd, b)
@@ -199,10 +220,47 @@ func (p *pair) copy(src, dst *leg) bool {
 	}
 	if m < n {
 		dst.writable = false
-		dst.left = p.s.f.pool.Get()
-		dst.left.Bytes = dst.left.Room()[:copy(dst.left.Room(), b[m:])]
+		p.keep(dst, b[m:])
 	}
 	return true
+}
+
+// sized decides by a read of n bytes whether src is a bulk transfer.
+func (p *pair) sized(src, dst *leg, n int) {
+	switch {
+	case n >= bulkFloor:
+		src.short = 0
+		if n >= smallRead && !src.bulk {
+			src.bulk = true
+			size, err := unix.GetsockoptInt(dst.fd, unix.SOL_TCP, unix.TCP_MAXSEG)
+			dst.large = err == nil && size >= largeSegment
+		}
+	case src.bulk:
+		if src.short++; src.short >= shortMost {
+			src.bulk = false
+		}
+	}
+}
+
+// keep keeps rest, the end of what is in scratch, for dst.
+func (p *pair) keep(dst *leg, rest []byte) {
+	if len(rest) > smallRead {
+		dst.left, dst.blk, p.s.scratch = rest, p.s.scratch, p.s.blocks.take()
+		return
+	}
+	dst.buf = p.s.f.pool.Get()
+	dst.left = dst.buf.Room()[:copy(dst.buf.Room(), rest)]
+}
+
+// letGo gives back what holds left.
+func (l *leg) letGo(s *Sockets) {
+	if l.buf != nil {
+		s.f.pool.Put(l.buf)
+	}
+	if l.blk != nil {
+		s.blocks.put(l.blk)
+	}
+	l.left, l.buf, l.blk = nil, nil, nil
 }
 
 // splice reads once into pp and writes what it got.
@@ -216,11 +274,7 @@ func (p *pair) splice(src, dst *leg, pp *pipe) bool {
 		p.s.pipes.put(pp)
 		return p.readEnd(src, dst, errno)
 	}
-	if n >= bulkFloor {
-		src.short = 0
-	} else if src.short++; src.short >= shortMost {
-		src.bulk = false
-	}
+	p.sized(src, dst, n)
 	pp.n = n
 	dst.pipe = pp
 	return p.flush(src, dst) || !p.over && p.last == nil
@@ -279,13 +333,12 @@ func (l *leg) drain(s *Sockets) (int, syscall.Errno) {
 		}
 		return n, 0
 	}
-	n, errno := rawWrite(l.fd, l.left.Bytes)
+	n, errno := rawWrite(l.fd, l.left)
 	if errno != 0 {
 		return 0, errno
 	}
-	if l.left.Bytes = l.left.Bytes[n:]; len(l.left.Bytes) == 0 {
-		s.f.pool.Put(l.left)
-		l.left = nil
+	if l.left = l.left[n:]; len(l.left) == 0 {
+		l.letGo(s)
 	}
 	return n, 0
 }
@@ -338,10 +391,7 @@ func (p *pair) end() {
 		l := &p.legs[i]
 		p.s.loop.Forget(l.ref)
 		unix.Close(l.fd)
-		if l.left != nil {
-			p.s.f.pool.Put(l.left)
-			l.left = nil
-		}
+		l.letGo(p.s)
 		if l.pipe != nil {
 			p.s.pipes.put(l.pipe)
 			l.pipe = nil

@@ -29,12 +29,37 @@ type pairing struct {
 	guest, host *net.TCPConn // the far ends of both legs
 }
 
+// segments is the maximum segment size of a pairing's connections, which decides how bulk
+// transfers travel: copied, as over loopback, or spliced.
+type segments int
+
+const (
+	largeSegments segments = 0 // loopback's own
+	smallSegments segments = 1460
+)
+
+// eachSegments runs test with large segments and with small ones.
+func eachSegments(t *testing.T, test func(t *testing.T, size segments)) {
+	t.Run("large_segments", func(t *testing.T) { test(t, largeSegments) })
+	t.Run("small_segments", func(t *testing.T) { test(t, smallSegments) })
+}
+
 // loopbackPair returns two ends of a TCP connection, one of them as a descriptor.
-func loopbackPair(t *testing.T) (*net.TCPConn, int) {
+func loopbackPair(t *testing.T, size segments) (*net.TCPConn, int) {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	ln, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
 		t.Fatal(err)
+	}
+	if size != largeSegments {
+		raw, err := ln.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_TCP, unix.TCP_MAXSEG, int(size)) })
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 	defer ln.Close()
 	c, err := net.Dial("tcp", ln.Addr().String())
@@ -60,7 +85,7 @@ func loopbackPair(t *testing.T) (*net.TCPConn, int) {
 }
 
 // newPairing joins two loopback connections.
-func newPairing(t *testing.T) *pairing {
+func newPairing(t *testing.T, size segments) *pairing {
 	t.Helper()
 	l, err := loop.New()
 	if err != nil {
@@ -80,6 +105,9 @@ func newPairing(t *testing.T) *pairing {
 		if n := s.pipes.made; n != 0 {
 			t.Errorf("%d pipes are left", n)
 		}
+		if n := s.blocks.kept; n != 0 {
+			t.Errorf("%d blocks are left", n)
+		}
 	})
 	j := &pairing{t: t, sockets: s, loop: l}
 	j.flow = &flow.Flow{Tuple: flow.Tuple{Proto: flow.TCP, Guest: netip.MustParseAddrPort("192.0.2.1:1")}, Path: flow.Kernel}
@@ -87,8 +115,8 @@ func newPairing(t *testing.T) *pairing {
 		t.Fatal("no room for a flow")
 	}
 	var guest, host int
-	j.guest, guest = loopbackPair(t)
-	j.host, host = loopbackPair(t)
+	j.guest, guest = loopbackPair(t, size)
+	j.host, host = loopbackPair(t, size)
 	l.Do(func() { s.Join(guest, flow.Verdict{Host: &heldHost{fd: host}, Flow: j.flow}) })
 	deadline := time.Now().Add(20 * time.Second)
 	j.guest.SetDeadline(deadline)
@@ -109,9 +137,11 @@ func (j *pairing) waitClosed() {
 	j.t.Fatal("the pair is not over")
 }
 
-func TestPairCarriesBothWays(t *testing.T) {
-	for _, size := range []int{1, 1000, smallRead - 1, smallRead, smallRead + 1, 2 * smallRead, 5<<20 + 3} {
-		j := newPairing(t)
+func TestPairCarriesBothWays(t *testing.T) { eachSegments(t, pairCarriesBothWays) }
+
+func pairCarriesBothWays(t *testing.T, segment segments) {
+	for _, size := range []int{1, 1000, smallRead - 1, smallRead, smallRead + 1, 2 * smallRead, readMost, readMost + smallRead + 1, 5<<20 + 3} {
+		j := newPairing(t, segment)
 		up, down := make([]byte, size), make([]byte, size)
 		rand.Read(up)
 		rand.Read(down)
@@ -141,7 +171,7 @@ func TestPairCarriesBothWays(t *testing.T) {
 }
 
 func TestPairHalfClose(t *testing.T) {
-	j := newPairing(t)
+	j := newPairing(t, largeSegments)
 	j.guest.CloseWrite()
 	if n, err := j.host.Read(make([]byte, 1)); n != 0 || err != io.EOF {
 		t.Fatalf("host side read %d, %v instead of end of file", n, err)
@@ -165,7 +195,7 @@ func TestPairHalfClose(t *testing.T) {
 
 func TestPairPassesReset(t *testing.T) {
 	for _, side := range []string{"guest", "host"} {
-		j := newPairing(t)
+		j := newPairing(t, largeSegments)
 		from, to := j.guest, j.host
 		if side == "host" {
 			from, to = j.host, j.guest
@@ -179,10 +209,17 @@ func TestPairPassesReset(t *testing.T) {
 	}
 }
 
-// fill writes to c until it blocks.
+// pattern is what fill writes again and again.
+var pattern = func() []byte {
+	b := make([]byte, 1<<20)
+	rand.Read(b)
+	return b
+}()
+
+// fill writes pattern to c until it blocks.
 func fill(t *testing.T, c *net.TCPConn) (n int) {
 	t.Helper()
-	b := make([]byte, 1<<20)
+	b := pattern
 	for {
 		c.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
 		m, err := c.Write(b)
@@ -197,49 +234,83 @@ func fill(t *testing.T, c *net.TCPConn) (n int) {
 }
 
 func TestPairNoticesResetWhileBlocked(t *testing.T) {
-	j := newPairing(t)
-	fill(t, j.guest)
-	fill(t, j.host)
-	j.host.SetLinger(0)
-	j.host.Close()
-	j.waitClosed()
-	j.guest.SetReadDeadline(time.Now().Add(5 * time.Second))
-	for {
-		if _, err := j.guest.Read(make([]byte, 1<<20)); err != nil {
-			if !errors.Is(err, syscall.ECONNRESET) {
-				t.Errorf("guest side read %v instead of a reset", err)
+	eachSegments(t, func(t *testing.T, size segments) {
+		j := newPairing(t, size)
+		fill(t, j.guest)
+		fill(t, j.host)
+		j.host.SetLinger(0)
+		j.host.Close()
+		j.waitClosed()
+		j.guest.SetReadDeadline(time.Now().Add(5 * time.Second))
+		for {
+			if _, err := j.guest.Read(make([]byte, 1<<20)); err != nil {
+				if !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("guest side read %v instead of a reset", err)
+				}
+				return
 			}
+		}
+	})
+}
+
+func TestPairHoldsBack(t *testing.T) {
+	eachSegments(t, func(t *testing.T, size segments) {
+		j := newPairing(t, size)
+		sent := fill(t, j.guest)
+		if n, pipes := j.kept(); n > readMost || pipes > 1 {
+			t.Errorf("a blocked flow holds %d bytes and %d pipes", n, pipes)
+		}
+		j.guest.CloseWrite()
+		j.expectPattern(sent)
+	})
+}
+
+// TestPairBlocksAreBounded has others keep as many blocks as there may be.
+func TestPairBlocksAreBounded(t *testing.T) {
+	j := newPairing(t, largeSegments)
+	j.loop.Do(func() { j.sockets.blocks.kept += maxBlocks })
+	defer j.loop.Do(func() { j.sockets.blocks.kept -= maxBlocks })
+	sent := fill(t, j.guest)
+	if n, _ := j.kept(); n > smallRead {
+		t.Errorf("a blocked flow holds %d bytes", n)
+	}
+	j.loop.Do(func() {
+		if n := j.sockets.blocks.kept; n != maxBlocks {
+			t.Errorf("%d blocks are kept", n)
+		}
+	})
+	j.guest.CloseWrite()
+	j.expectPattern(sent)
+}
+
+// kept returns how many bytes sockets did not take yet, and how many pipes there are.
+func (j *pairing) kept() (bytes, pipes int) {
+	j.loop.Do(func() {
+		for p := range j.sockets.pairs {
+			bytes += len(p.legs[0].left) + len(p.legs[1].left)
+		}
+		pipes = j.sockets.pipes.made
+	})
+	return bytes, pipes
+}
+
+// expectPattern reads what fill wrote, sent bytes, from the host's side.
+func (j *pairing) expectPattern(sent int) {
+	j.t.Helper()
+	got, err := io.ReadAll(j.host)
+	if err != nil || len(got) != sent {
+		j.t.Errorf("%d of %d bytes arrived: %v", len(got), sent, err)
+	}
+	for i := 0; i < len(got); i += len(pattern) {
+		if n := min(len(pattern), len(got)-i); !bytes.Equal(got[i:i+n], pattern[:n]) {
+			j.t.Errorf("bytes from %d on are not those that were sent", i)
 			return
 		}
 	}
 }
 
-func TestPairHoldsBack(t *testing.T) {
-	j := newPairing(t)
-	sent := fill(t, j.guest)
-	var left, pipes int
-	j.loop.Do(func() {
-		for p := range j.sockets.pairs {
-			for i := range p.legs {
-				if p.legs[i].left != nil {
-					left++
-				}
-			}
-		}
-		pipes = j.sockets.pipes.made
-	})
-	if left > 1 || pipes > 1 {
-		t.Errorf("a blocked flow holds %d buffers and %d pipes", left, pipes)
-	}
-	j.guest.CloseWrite()
-	n, err := io.Copy(io.Discard, j.host)
-	if err != nil || int(n) != sent {
-		t.Errorf("%d of %d bytes arrived: %v", n, sent, err)
-	}
-}
-
 func TestSocketsCloseResets(t *testing.T) {
-	j := newPairing(t)
+	j := newPairing(t, largeSegments)
 	j.sockets.Close()
 	for _, c := range []*net.TCPConn{j.guest, j.host} {
 		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
@@ -251,7 +322,7 @@ func TestSocketsCloseResets(t *testing.T) {
 // TestPairResetBehindData has one side send, wait for the acknowledgement, and reset.
 func TestPairResetBehindData(t *testing.T) {
 	for range 20 {
-		j := newPairing(t)
+		j := newPairing(t, largeSegments)
 		b := make([]byte, 1<<20)
 		rand.Read(b)
 		go func() {

@@ -27,7 +27,8 @@ type Sockets struct {
 	dials   map[*Dial]struct{}
 	inbound map[*inboundDial]struct{}
 	ports   map[*inboundPort]struct{}
-	scratch []byte
+	scratch *block // what all flows read into
+	blocks  blocks
 	pipes   pipes
 	closed  bool
 }
@@ -35,7 +36,7 @@ type Sockets struct {
 // NewSockets makes the Sockets of f on l. Close it before f and l.
 func (f *Forwarder) NewSockets(l *loop.Loop) *Sockets {
 	s := &Sockets{
-		f: f, loop: l, scratch: make([]byte, smallRead),
+		f: f, loop: l, scratch: new(block),
 		pairs: make(map[*pair]struct{}), byTuple: make(map[flow.Tuple]*pair), dials: make(map[*Dial]struct{}),
 		inbound: make(map[*inboundDial]struct{}), ports: make(map[*inboundPort]struct{}),
 	}

@@ -82,7 +82,7 @@ func TestBeginConnects(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer server.Close()
-	guest, fd := loopbackPair(t)
+	guest, fd := loopbackPair(t, largeSegments)
 	s.loop.Do(func() { s.Join(fd, v) })
 	io.WriteString(guest, "hello")
 	guest.CloseWrite()

@@ -24,6 +24,18 @@ const txQueueLen = 10000
 // loopback is the index of lo, which is the first device of every namespace.
 const loopback = 1
 
+// A segment on loopback may be larger than 64 KiB (BIG TCP, Linux 5.19 for IPv6 and 6.3 for
+// IPv4: include/net/tcp.h, tcp_bound_to_half_wnd; net/core/sock.c, sk_dst_gso_max_size), which
+// is what the bytes of published ports gain from: fewer packets pass the guest's rules. A
+// connection that is translated to a container begins on loopback, too, and leaves by a
+// device that takes 64 KiB; the kernel would cut what is larger into single packets
+// (net/core/dev.c, gso_features_check), so their number is bounded as well: 44 of 1460 bytes,
+// the largest of an Ethernet, are 64 KiB.
+const (
+	loopbackSegment  = 256 << 10 // bytes
+	loopbackSegments = 44
+)
+
 // network makes the TUN with its addresses and routes.
 func (g *guest) network(r *Report) (*os.File, error) {
 	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
@@ -60,6 +72,10 @@ func (g *guest) loopbackUp(nl *netlink.Handle) error {
 				netlink.AddrDel(lo, &netlink.Addr{IPNet: ipNet(netip.MustParsePrefix("127.0.0.1/8"))})
 			}
 		})
+	}
+	if g.spec.Join == nil && nl.LinkSetGSOMaxSegs(lo, loopbackSegments) == nil { // kernels that cannot keep what they have
+		nl.LinkSetGSOMaxSize(lo, loopbackSegment)
+		nl.LinkSetGSOIPv4MaxSize(lo, loopbackSegment)
 	}
 	if err := nl.LinkSetUp(lo); err != nil {
 		return &Error{Op: "set up", On: "lo", Err: err, Hint: userNamespaceHint(err)}
