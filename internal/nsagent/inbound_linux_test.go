@@ -26,6 +26,7 @@ func init() {
 		guestTest{"inbound_where", testInboundWhere},
 		guestTest{"inbound_listens", testInboundListens},
 		guestTest{"inbound_sockets", testInboundSockets},
+		guestTest{"inbound_segments", testInboundSegments},
 	)
 }
 
@@ -450,4 +451,20 @@ func listFDs(t *testing.T) (names []string) {
 		names = append(names, e.Name())
 	}
 	return names
+}
+
+// Loopback of our own namespaces takes large segments, but few small ones at once; that of
+// others stays as it is.
+func testInboundSegments(t *testing.T) {
+	const show = "ip -d link show lo | grep -oE 'gso_max_size [0-9]+ gso_max_segs [0-9]+'"
+	g := start(t, testSpec(t))
+	if got := g.sh(t, show); got != fmt.Sprintf("gso_max_size %d gso_max_segs %d", loopbackSegment, loopbackSegments) {
+		t.Errorf("ours has %s", got)
+	}
+	f := newForeign(t, ordinaryUser())
+	before := f.sh(t, show)
+	start(t, joinSpec(t, Join{PID: f.pid}))
+	if got := f.sh(t, show); got != before {
+		t.Errorf("that of others had %s and has %s", before, got)
+	}
 }
