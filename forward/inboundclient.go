@@ -13,6 +13,9 @@ import (
 	"github.com/slipway-net/slipway/internal/flow"
 )
 
+// inboundPending bounds the datagrams that wait for a plain socket.
+const inboundPending = 8
+
 // udpClient is the mapping of one client of a published UDP port.
 type udpClient struct {
 	port       *udpPort
