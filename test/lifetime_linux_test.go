@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -49,6 +50,38 @@ func TestDaemonKilledGuestEnds(t *testing.T) {
 			t.Errorf("next start: status %d: %s", r.code, r.stderr)
 		}
 	})
+}
+
+// TestSignalEndsWaiting: a start that waits for such a guest ends at a signal, at once.
+func TestSignalEndsWaiting(t *testing.T) {
+	for name, args := range map[string][]string{"run": {"--", "true"}, "attach": {"--pid", strconv.Itoa(os.Getpid())}} {
+		for sig, code := range map[syscall.Signal]int{syscall.SIGTERM: 128 + 15, syscall.SIGINT: 128 + 2} {
+			if name == "attach" {
+				code = 0
+			}
+			t.Run(name+"/"+sig.String(), func(t *testing.T) {
+				n, engine := newTopology(t), newName()
+				guest := killedDaemon(t, n, user{}, engine, "trap '' TERM; echo $$; while :; do sleep 0.1; done")
+				defer syscall.Kill(guest, syscall.SIGKILL)
+				cmd := user{}.slipway(append([]string{name, "--name", engine}, args...)...)
+				var errOut log
+				cmd.Stderr = &errOut
+				if err := n.Host.Start(cmd); err != nil {
+					t.Fatal(err)
+				}
+				time.AfterFunc(10*time.Second, func() { cmd.Process.Kill() })
+				if !eventually(5*time.Second, func() bool { return strings.Contains(errOut.String(), "has not ended yet") }) {
+					t.Errorf("it does not wait: %s", errOut.String())
+				}
+				start := time.Now()
+				cmd.Process.Signal(sig)
+				cmd.Wait()
+				if got, took := status(cmd.ProcessState), time.Since(start); got != code || took > 2*time.Second {
+					t.Errorf("status %d, expected %d, after %v: %s", got, code, took, errOut.String())
+				}
+			})
+		}
+	}
 }
 
 // killedDaemon starts an engine with a script that prints its pid, kills slipway as soon as

@@ -143,7 +143,7 @@ func (e *engine) run(ctx context.Context) (code int, err error) {
 	e.log = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: e.level})).With(slog.String("engine", e.opts.Name))
 
 	if sig, err := e.openState(ctx, signals); sig != 0 || err != nil {
-		return 128 + int(sig), err
+		return e.interruptedCode(sig), err
 	}
 	defer func() {
 		if cerr := e.state.Close(); cerr != nil {
@@ -163,7 +163,7 @@ func (e *engine) run(ctx context.Context) (code int, err error) {
 	}
 	if e.agent, err = nsagent.Start(ctx, e.spec(), e.log); err != nil {
 		if sig := e.interrupted(ctx, signals); sig != 0 { // it may have ended the agent, too
-			return 128 + int(sig), nil
+			return e.interruptedCode(sig), nil
 		}
 		return 0, e.attachError(err)
 	}
@@ -188,7 +188,7 @@ func (e *engine) serve(ctx context.Context, signals *signals) (int, error) {
 
 	var code int
 	if sig := e.interrupted(ctx, signals); sig != 0 {
-		code = 128 + int(sig)
+		code = e.interruptedCode(sig)
 		kill()
 	} else if err = e.startMain(ctx); err == nil {
 		code, err = e.wait(ctx, signals, services, kill)

@@ -83,8 +83,8 @@ func (s *signals) ends(sig os.Signal) bool {
 // interrupted returns a signal that came while there was no command to pass it to and
 // that asks us to end, or 0. Without it a Ctrl-C during the start would reach nobody.
 func (e *engine) interrupted(ctx context.Context, signals *signals) syscall.Signal {
-	if e.opts.Mode == ModeAttach {
-		return 0 // it listens to signals without a command
+	if e.opts.Mode == ModeAttach && e.agent != nil {
+		return 0 // waitAttached reads it, and the agent has the time to put back what it changed
 	}
 	for range signals.waiting() {
 		switch sig := <-signals.c; {
@@ -95,6 +95,15 @@ func (e *engine) interrupted(ctx context.Context, signals *signals) syscall.Sign
 		}
 	}
 	return 0
+}
+
+// interruptedCode is the exit status after a signal that interrupted has returned: as if it had
+// ended the command. With attach it is 0, as after any signal.
+func (e *engine) interruptedCode(sig syscall.Signal) int {
+	if e.opts.Mode == ModeAttach {
+		return 0
+	}
+	return 128 + int(sig)
 }
 
 // wait blocks until the engine is to end and returns the command's exit status. kill
