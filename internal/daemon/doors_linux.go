@@ -47,12 +47,8 @@ func (e *engine) newDoors() *doors {
 	}
 	// The first question waits for a lock of the kernel's; clients' questions do not.
 	d.Where(n.Gateway4)
-	// Those of these two wait until the kernel has loaded a module, or has not found it.
-	go func() {
-		for _, p := range []flow.Proto{flow.TCP, flow.UDP} {
-			d.Listens(p, netip.AddrPortFrom(n.Guest4, 1))
-		}
-	}()
+	// This waits until the kernel has loaded a module, or has not found it.
+	go e.agent.LearnListens(unix.IPPROTO_TCP, unix.IPPROTO_UDP)
 	return d
 }
 

@@ -25,6 +25,7 @@ func init() {
 		guestTest{"inbound_forged", testInboundForged},
 		guestTest{"inbound_where", testInboundWhere},
 		guestTest{"inbound_listens", testInboundListens},
+		guestTest{"inbound_listens_unknown", testInboundListensUnknown},
 		guestTest{"inbound_sockets", testInboundSockets},
 		guestTest{"inbound_segments", testInboundSegments},
 	)
@@ -296,6 +297,7 @@ func testInboundListens(t *testing.T) {
 			t.Fatalf("%v on %s: %v", k, to, err)
 		}
 	}
+	g.LearnListens(unix.IPPROTO_TCP, unix.IPPROTO_UDP)
 	for udp, kinds := range [][2]SocketKind{{SocketTCP4, SocketTCP6}, {SocketUDP4, SocketUDP6}} {
 		for at, only6 := range map[string]int{"0.0.0.0:8001": 0, "[::]:8002": 1, "[::]:8003": 0, "192.168.65.3:8004": 0, "127.0.0.1:8005": 0, "[::1]:8005": 1} {
 			wait(kinds[strings.Count(at, "[")], at, only6)
@@ -308,6 +310,28 @@ func testInboundListens(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// A kernel that cannot tell of a protocol, its module missing, is asked once.
+func testInboundListensUnknown(t *testing.T) {
+	g := start(t, testSpec(t))
+	const none = 200 // no protocol's number
+	at := netip.MustParseAddrPort("192.168.65.3:80")
+	asked := func(ipproto byte) uint32 {
+		before := g.diag.seq
+		g.Listens(ipproto, at)
+		return g.diag.seq - before
+	}
+	if n := asked(unix.IPPROTO_TCP); n != 0 {
+		t.Errorf("%d questions before it is known whether there is an answer", n)
+	}
+	g.LearnListens(unix.IPPROTO_TCP, none)
+	if n := asked(none); n != 0 {
+		t.Errorf("%d questions that nobody can answer", n)
+	}
+	if n := asked(unix.IPPROTO_TCP); n != 1 {
+		t.Errorf("%d questions about TCP", n)
 	}
 }
 

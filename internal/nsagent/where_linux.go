@@ -112,7 +112,7 @@ func (r *routes) open(a *Agent) error {
 
 // index returns the number of a device.
 func (r *routes) index(name string) (uint32, error) {
-	m, err := r.request(unix.RTM_GETLINK, append(make([]byte, unix.SizeofIfInfomsg), attribute(unix.IFLA_IFNAME, append([]byte(name), 0))...))
+	m, err := r.request(unix.RTM_GETLINK, 0, append(make([]byte, unix.SizeofIfInfomsg), attribute(unix.IFLA_IFNAME, append([]byte(name), 0))...))
 	if err != nil {
 		return 0, err
 	}
@@ -130,7 +130,7 @@ func (r *routes) ask(a netip.Addr) (Place, error) {
 	if a.Is4() {
 		msg[0] = unix.AF_INET
 	}
-	m, err := r.request(unix.RTM_GETROUTE, append(msg, attribute(unix.RTA_DST, ip)...))
+	m, err := r.request(unix.RTM_GETROUTE, 0, append(msg, attribute(unix.RTA_DST, ip)...))
 	switch {
 	case errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EHOSTUNREACH), errors.Is(err, unix.EACCES), errors.Is(err, unix.EINVAL):
 		return PlaceUnrouted, nil // no route, unreachable, prohibit, blackhole
@@ -169,14 +169,14 @@ func (r *routes) place(m *syscall.NetlinkMessage) (Place, error) {
 // errStrangers is the end of a question among messages of others.
 var errStrangers = errors.New("others send to the socket")
 
-// request sends one message and returns its answer, which is valid until the next one. It
-// does not block: the kernel has answered when sendto(2) returns. Whoever has
+// request sends one message and returns its first answer, which is valid until the next one.
+// It does not wait to receive: the kernel has answered when sendto(2) returns. Whoever has
 // CAP_NET_ADMIN in the namespace may send to our port, too.
-func (k *asker) request(typ uint16, body []byte) (syscall.NetlinkMessage, error) {
+func (k *asker) request(typ, flags uint16, body []byte) (syscall.NetlinkMessage, error) {
 	k.seq++
 	b := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(body)))
 	b = binary.NativeEndian.AppendUint16(b, typ)
-	b = binary.NativeEndian.AppendUint16(b, unix.NLM_F_REQUEST)
+	b = binary.NativeEndian.AppendUint16(b, unix.NLM_F_REQUEST|flags)
 	b = binary.NativeEndian.AppendUint32(b, k.seq)
 	b = append(binary.NativeEndian.AppendUint32(b, 0), body...)
 	if err := unix.Sendto(k.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
