@@ -154,8 +154,8 @@ func (c *Config) Set(key, value, source string) error {
 	s := defaultSettings()
 	named := k
 	named.name = source
-	if err := named.set(&s, value); err != nil {
-		return err
+	if bad := each(named.set(&s, value)); len(bad) > 0 {
+		return bad[0] // a command line's error is one line
 	}
 	c.flags[key] = setting{value, source}
 	return nil

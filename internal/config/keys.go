@@ -26,21 +26,34 @@ type key struct {
 	explained bool
 }
 
-// set stores v, or says that it is not in the allowed range.
+// set stores v, or says that it is not in the allowed range: of a list everything that is not,
+// for each to take apart.
 func (k key) set(s *Settings, v any) error {
-	err := k.parse(s, v)
+	var all []error
+	for _, err := range each(k.parse(s, v)) {
+		all = append(all, inElement(err, func(err error) error {
+			if errors.Is(err, errNotAllowed) {
+				return fmt.Errorf("%s: %s is not allowed: must be %s", k.name, show(elementOf(v, err)), k.allowed)
+			}
+			if in := (*elementError)(nil); k.explained && errors.As(err, &in) {
+				return fmt.Errorf("%s: %w", k.name, err)
+			}
+			return fmt.Errorf("%s: %w: must be %s", k.name, err, k.allowed)
+		}))
+	}
+	return errors.Join(all...)
+}
+
+// each returns the errors that errors.Join has made err of; err itself if it is no such, and
+// none for nil.
+func each(err error) []error {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		return joined.Unwrap()
+	}
 	if err == nil {
 		return nil
 	}
-	return inElement(err, func(err error) error {
-		if errors.Is(err, errNotAllowed) {
-			return fmt.Errorf("%s: %s is not allowed: must be %s", k.name, show(elementOf(v, err)), k.allowed)
-		}
-		if in := (*elementError)(nil); k.explained && errors.As(err, &in) {
-			return fmt.Errorf("%s: %w", k.name, err)
-		}
-		return fmt.Errorf("%s: %w: must be %s", k.name, err, k.allowed)
-	})
+	return []error{err}
 }
 
 // elementError is what is wrong with one element of a list.
@@ -233,36 +246,36 @@ func setLevel(s *Settings, v any) error {
 	return nil
 }
 
-// words takes a list of strings, or a flag's string with commas.
-func words(v any) ([]string, error) {
-	if s, ok := v.(string); ok {
-		return strings.Split(s, ","), nil
-	}
+// eachWord has take look at each string or number of a list, or of a flag's string with
+// commas. It returns what is wrong with any of them, joined.
+func eachWord(v any, take func(word string) error) error {
 	list, ok := v.([]any)
-	if !ok {
-		return nil, errNotAllowed
+	if s, isString := v.(string); isString {
+		for w := range strings.SplitSeq(s, ",") {
+			list = append(list, w)
+		}
+	} else if !ok {
+		return errNotAllowed
 	}
-	out := make([]string, len(list))
+	var all []error
 	for i, e := range list {
+		err := errNotAllowed
 		switch e := e.(type) {
 		case string:
-			out[i] = e
+			err = take(e)
 		case int64:
-			out[i] = strconv.FormatInt(e, 10)
-		default:
-			return nil, &elementError{i, errNotAllowed}
+			err = take(strconv.FormatInt(e, 10))
+		}
+		if err != nil {
+			all = append(all, &elementError{i, err})
 		}
 	}
-	return out, nil
+	return errors.Join(all...)
 }
 
 func setIsolate(s *Settings, v any) error {
-	list, err := words(v)
-	if err != nil {
-		return err
-	}
 	var mount, pid bool
-	for i, w := range list {
+	err := eachWord(v, func(w string) error {
 		switch strings.TrimSpace(w) {
 		case "net":
 		case "mount":
@@ -270,11 +283,14 @@ func setIsolate(s *Settings, v any) error {
 		case "pid":
 			pid = true
 		default:
-			return &elementError{i, errNotAllowed}
+			return errNotAllowed
 		}
+		return nil
+	})
+	if err == nil {
+		s.IsolateMount, s.IsolatePID = mount, pid
 	}
-	s.IsolateMount, s.IsolatePID = mount, pid
-	return nil
+	return err
 }
 
 func getIsolate(s *Settings) string {
@@ -290,23 +306,24 @@ func getIsolate(s *Settings) string {
 
 // setPortSet takes "none", "all", a list of numbers and strings, or a flag's string.
 func setPortSet(to *PortSet, v any) error {
-	list, err := words(v)
-	if err != nil {
-		return err
-	}
-	if _, isList := v.([]any); isList && len(list) == 0 {
+	if list, isList := v.([]any); isList && len(list) == 0 {
 		*to = PortSet{}
 		return nil
 	}
+	var list []string
+	bad := eachWord(v, func(w string) error {
+		list = append(list, w)
+		return checkPorts(w)
+	})
 	set, err := ParsePortSet(strings.Join(list, ","))
-	if i := slices.IndexFunc(list, noPorts); err != nil && i >= 0 {
-		return &elementError{i, err}
+	switch {
+	case err == nil && !errors.Is(bad, errNotAllowed): // "all" is bad in a longer list
+		*to = set
+		return nil
+	case bad != nil:
+		return bad
 	}
-	if err != nil {
-		return err
-	}
-	*to = set
-	return nil
+	return err
 }
 
 // toml is String as the file has it.

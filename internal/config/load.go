@@ -231,19 +231,9 @@ func (r *reader) keyValue(table []string, e *unstable.Node) {
 
 // set stores one value in the engine's layer, or the general one for nil.
 func (r *reader) set(own *engine, name string, e *unstable.Node) {
-	v, err := valueOf(e.Value())
-	if err != nil {
-		text := fmt.Sprintf("%s: %v", name, err)
-		if k, ok := lookup(name); ok {
-			text += ": must be " + k.allowed
-		}
-		r.add(r.badPosition(e, err), text)
-		return
-	}
+	v := valueOf(e.Value())
 	if own != nil && slices.Contains(ownKeys, name) {
-		if err := own.set(name, v); err != nil {
-			r.add(r.badPosition(e, err), err.Error())
-		}
+		r.bad(e, own.set(name, v))
 		own.sources[name] = r.source(e)
 		return
 	}
@@ -254,7 +244,7 @@ func (r *reader) set(own *engine, name string, e *unstable.Node) {
 	}
 	s := defaultSettings()
 	if err := k.set(&s, v); err != nil {
-		r.add(r.badPosition(e, err), err.Error())
+		r.bad(e, err)
 		return
 	}
 	to := r.config.base
@@ -314,14 +304,15 @@ func (own *engine) setCommand(v any) error {
 	if len(list) == 0 {
 		return fmt.Errorf("command: %s is not allowed: %s", show(v), must)
 	}
+	var all []error
 	for i, e := range list {
 		word, isString := e.(string)
 		if !isString || strings.Contains(word, "\x00") || i == 0 && word == "" {
-			return &elementError{i, fmt.Errorf("command: %s is not allowed: %s", show(e), must)}
+			all = append(all, &elementError{i, fmt.Errorf("command: %s is not allowed: %s", show(e), must)})
 		}
 		own.command = append(own.command, word)
 	}
-	return nil
+	return errors.Join(all...)
 }
 
 // environment takes the table of that name, written in any of TOML's ways.
@@ -348,6 +339,13 @@ func validVariable(name, value string) bool {
 func (r *reader) add(at unstable.Range, text string) {
 	start := r.parser.Shape(at).Start
 	r.problems = append(r.problems, &Problem{r.file, start.Line, start.Column, text})
+}
+
+// bad adds what is wrong with a node's value, each error at its place.
+func (r *reader) bad(e *unstable.Node, err error) {
+	for _, err := range each(err) {
+		r.add(r.badPosition(e, err), err.Error())
+	}
 }
 
 // keyOf returns the parts of a node's dotted key.
@@ -395,30 +393,33 @@ func (r *reader) badPosition(e *unstable.Node, err error) unstable.Range {
 	return r.valuePosition(e)
 }
 
-// valueOf returns a string, int64, bool or []any of these.
-func valueOf(n *unstable.Node) (any, error) {
+// foreign stands for a value of a kind that no key has. It is what an error says of it.
+type foreign string
+
+// valueOf returns a string, int64, bool, foreign or []any of these.
+func valueOf(n *unstable.Node) any {
 	switch n.Kind {
 	case unstable.String:
-		return string(n.Data), nil
+		return string(n.Data)
 	case unstable.Bool:
-		return string(n.Data) == "true", nil
+		return string(n.Data) == "true"
 	case unstable.Integer:
-		return strconv.ParseInt(string(n.Data), 0, 64) // TOML's 0x, 0o, 0b and _ are Go's
+		i, err := strconv.ParseInt(string(n.Data), 0, 64) // TOML's 0x, 0o, 0b and _ are Go's
+		if err != nil {
+			return foreign(n.Data)
+		}
+		return i
 	case unstable.Array:
 		list := []any{}
 		for it := n.Children(); it.Next(); {
 			if it.Node().Kind == unstable.Comment {
 				continue
 			}
-			v, err := valueOf(it.Node())
-			if err != nil {
-				return nil, &elementError{len(list), err}
-			}
-			list = append(list, v)
+			list = append(list, valueOf(it.Node()))
 		}
-		return list, nil
+		return list
 	}
-	return nil, errors.New("a fraction, date or table is not allowed")
+	return foreign("a fraction, date or table")
 }
 
 // didYouMean names the known word that is nearest to word, if one is near.

@@ -2,7 +2,6 @@ package config
 
 import (
 	"fmt"
-	"slices"
 	"strconv"
 	"strings"
 )
@@ -82,12 +81,14 @@ func ParsePortSet(s string) (PortSet, error) {
 	return set, nil
 }
 
-// noPorts reports whether a word of a list has something that is no port or range.
-func noPorts(w string) bool {
-	return slices.ContainsFunc(strings.Split(w, ","), func(s string) bool {
-		_, err := parsePorts(strings.TrimSpace(s))
-		return err != nil
-	})
+// checkPorts says what in a word of a list is no port or range.
+func checkPorts(w string) error {
+	for s := range strings.SplitSeq(w, ",") {
+		if _, err := parsePorts(strings.TrimSpace(s)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // parsePorts parses "80" or "8000-8010".

@@ -17,27 +17,24 @@ const maxPublish = 16384
 // setPublish takes a list of strings in the notation of flow.ParsePorts, or a flag's
 // string.
 func setPublish(to *[]flow.PortSpec, v any) error {
-	list, err := words(v)
-	if err != nil {
-		return err
-	}
 	var all []flow.PortSpec
-	have := make(hostPorts)
-	for i, w := range list {
+	have, full := make(hostPorts), false
+	err := eachWord(v, func(w string) error {
 		specs, err := flow.ParsePorts(strings.TrimSpace(w))
-		if err == nil && len(all)+len(specs) > maxPublish {
-			err = fmt.Errorf("there are more than %d ports", maxPublish)
-		}
-		if err == nil {
-			err = have.add(specs)
-		}
-		if err != nil {
-			return &elementError{i, err}
+		switch {
+		case err != nil || full: // one that is too much is enough
+			return err
+		case len(all)+len(specs) > maxPublish:
+			full = true
+			return fmt.Errorf("there are more than %d ports", maxPublish)
 		}
 		all = append(all, specs...)
+		return have.add(specs)
+	})
+	if err == nil {
+		*to = all
 	}
-	*to = all
-	return nil
+	return err
 }
 
 // hostPorts are ports of the host that are asked for, with their addresses.
