@@ -37,6 +37,8 @@ func TestErrors(t *testing.T) {
 		{"every problem of a file", []string{"run", "--config", bad, "--", "true"},
 			[]string{"slipway: " + bad + ":1:7: mtu", "slipway: " + bad + ":3:1: port: unknown key", "hint: "}},
 		{"config show of a bad file", []string{"config", "show", "--config", bad}, []string{":1:7: ", ":3:1: ", "hint: "}},
+		{"config show of nobody", []string{"config", "show", "nobody"}, []string{"slipway: show configuration on nobody: no such engine is configured or running", "hint: without a name"}},
+		{"config show of a mistyped name", []string{"config", "show", "--json", "--config", two, "c"}, []string{"show configuration on c: ", "hint: configured: a, b; "}},
 		{"which engine", []string{"up", "--config", two}, []string{"start engine: which one", "hint: configured: a, b"}},
 		{"engine without command", []string{"up", "--config", two, "b"}, []string{"start engine on b: it is not configured with a command", "hint: "}},
 		{"attach to nothing", []string{"attach"}, []string{"exactly one of --pid and --netns", "hint: "}},

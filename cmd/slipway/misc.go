@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -46,7 +47,11 @@ func newConfigShow() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "show [ENGINE]",
 		Short: "Print the settings in effect and where each comes from",
-		Args:  words(0, 1, ""), ValidArgsFunction: completeConfigured,
+		Long: "Print every setting, as TOML, and where it comes from: a line of the configuration, a flag given\n" +
+			"here, or the default. With ENGINE its table [engine.NAME] goes over the general part. An ENGINE that\n" +
+			"has no table and is not running is an error, with exit status 125: the name may be mistyped.\n" +
+			"Flags that a running engine was started with are not known here.",
+		Args: words(0, 1, ""), ValidArgsFunction: completeConfigured,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := f.load(cmd)
 			if err != nil {
@@ -57,6 +62,9 @@ func newConfigShow() *cobra.Command {
 				if name = args[0]; config.CheckName(name) != nil {
 					return usage(cmd, config.CheckName(name))
 				}
+				if err := checkKnown(c, name); err != nil {
+					return err
+				}
 			}
 			return showConfig(cmd, c, name, asJSON)
 		},
@@ -64,6 +72,24 @@ func newConfigShow() *cobra.Command {
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")
 	f.add(cmd)
 	return cmd
+}
+
+// checkKnown returns an error if no engine of that name is configured, nor running. Running ones
+// that cannot be listed are none.
+func checkKnown(c *config.Config, name string) error {
+	configured := c.Names()
+	running, _ := daemon.Engines()
+	if slices.Contains(configured, name) || slices.Contains(running, name) {
+		return nil
+	}
+	p := &daemon.Problem{
+		Err:  fmt.Errorf("show configuration on %s: no such engine is configured or running", name),
+		Hint: "without a name, slipway config show prints what holds for every engine that has no table [engine.NAME]",
+	}
+	if len(configured) > 0 {
+		p.Hint = "configured: " + strings.Join(configured, ", ") + "; without a name, slipway config show prints what holds for all others"
+	}
+	return p
 }
 
 func showConfig(cmd *cobra.Command, c *config.Config, name string, asJSON bool) error {

@@ -330,6 +330,7 @@ func TestPublishSettings(t *testing.T) {
 	if err := os.WriteFile(file, []byte("publish = [\"1:1\"]\n[engine.web]\nkind = \"dockerd\"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	pretend(t, "running")
 	tests := []struct {
 		args []string
 		want []string // lines
@@ -339,6 +340,7 @@ func TestPublishSettings(t *testing.T) {
 		{[]string{"-p", "2:2", "--publish", "3:3/udp"}, []string{`publish = ["2:2/tcp", "3:3/udp"] # --publish`}},
 		{[]string{"--publish-bind", "loopback-only", "--source-ip", "gateway"},
 			[]string{`publish_bind = "loopback-only" # --publish-bind`, `source_ip = "gateway" # --source-ip`}},
+		{[]string{"running"}, []string{"publish_auto = false # default"}},
 		{[]string{"web"}, []string{`[engine.web]`, `kind = "dockerd" # ` + file + ":3"}},
 	}
 	for _, tt := range tests {
