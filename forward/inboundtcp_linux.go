@@ -179,7 +179,7 @@ func (s *Sockets) welcome(conn int, addr netip.AddrPort, in *Inbound) {
 	}
 	p := in.passage(flow.TCP, addr, s.f.in.doors)
 	d := &inboundDial{s: s, in: in, client: addr, conn: conn, passage: p, waits: s.f.in.doors.Ends().port(p.to), guest: -1}
-	if p.way == Wire && !d.enters() && !d.taken() {
+	if p.way == Wire && !d.enters() {
 		d.toGoroutine()
 		return
 	}
@@ -211,9 +211,6 @@ func (d *inboundDial) try() {
 	case d.passage.way == NoWay:
 		d.refuse(errNoWay)
 		return
-	case d.passage.way == Wire && !d.enters() && d.taken():
-		d.failed(unix.EADDRINUSE)
-		return
 	case d.passage.way == Wire && !d.enters():
 		d.end()
 		d.toGoroutine()
@@ -237,11 +234,6 @@ func (d *inboundDial) try() {
 // enters reports whether the wire leads to a socket in the client's place.
 func (d *inboundDial) enters() bool {
 	return !d.byDial && d.passage.from.Port() != 0 && d.s.f.in.doors.Enters(d.passage.to)
-}
-
-// taken reports whether another socket is in the client's place.
-func (d *inboundDial) taken() bool {
-	return d.s.Live(flow.Tuple{Proto: flow.TCP, Guest: d.passage.to, Target: d.passage.from})
 }
 
 // kind is the kind of socket for the way.

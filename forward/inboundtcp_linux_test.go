@@ -36,7 +36,6 @@ type hostDoors struct {
 	enter func(fd int, from, to netip.AddrPort) error
 	post  func(func()) bool // the loop's, for its thread
 	left  atomic.Int32      // Enters that were cancelled
-	shut  atomic.Bool       // nobody enters any more
 
 	mu    sync.Mutex
 	dials []string // from > to
@@ -54,7 +53,7 @@ func (d *hostDoors) Dial(ctx context.Context, from, to netip.AddrPort) (flow.Con
 	return dialTCP(ctx, to)
 }
 
-func (d *hostDoors) Enters(netip.AddrPort) bool { return d.enter != nil && !d.shut.Load() }
+func (d *hostDoors) Enters(netip.AddrPort) bool { return d.enter != nil }
 
 func (d *hostDoors) Enter(fd int, from, to netip.AddrPort, then func(error)) (cancel func(), err error) {
 	over := false
@@ -674,18 +673,4 @@ func TestInboundEnters(t *testing.T) {
 			t.Errorf("%s: %d refused, %d cancelled, dialled %q", name, p.refused.Load(), n, doors.dials)
 		}
 	}
-	// Its numbers are not dialled a second time, when nobody enters any more.
-	p, doors := serve(t, connect, false)
-	first := p.callFrom("198.51.100.7:0")
-	if _, err := first.Read(make([]byte, 1)); err != nil {
-		t.Fatal(err)
-	}
-	doors.shut.Store(true)
-	tuple := p.tab.Snapshot()[0].Tuple
-	p.s.loop.Do(func() {
-		d := &inboundDial{s: p.s, passage: passage{way: Wire, from: tuple.Target, to: tuple.Guest}}
-		if d.enters() || !d.taken() {
-			t.Error("the same numbers could be dialled")
-		}
-	})
 }

@@ -164,6 +164,9 @@ func (k *kernelPath) Answer(t flow.Tuple, syn []byte, h link.Header, v flow.Verd
 // Live implements netstack.Kernel.
 func (k *kernelPath) Live(t flow.Tuple) bool { return k.sockets.Live(t) }
 
+// Do implements netstack.Kernel.
+func (k *kernelPath) Do(f func()) bool { return k.loop.Do(f) }
+
 // chooseKernel tests the kernel path and uses it for the families where it works. It
 // returns an error if it does for none and the configuration insists.
 func (e *engine) chooseKernel() error {

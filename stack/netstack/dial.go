@@ -24,10 +24,11 @@ import (
 // are its, on any path.
 //
 // The same four numbers can belong to a connection that the guest began: from the
-// port that is asked for, to the client. Whoever was first has them; a Dial that is
-// second gets EADDRINUSE, a SYN that is second goes to the Dial's endpoint, as two
-// sockets that connect to each other do (RFC 9293 section 3.5). The ports of different
-// destinations are independent: one client port may be used for each of the guest's.
+// port that is asked for, to the client; or to a Handshake, and the socket that goes on with
+// it. Whoever was first has them, from the moment that he asks; a Dial that is second
+// gets EADDRINUSE, a SYN that is second goes to the Dial's endpoint, as two sockets that
+// connect to each other do (RFC 9293 section 3.5). The ports of different destinations are
+// independent: one client port may be used for each of the guest's.
 //
 // The guest's answer decides: SYN-ACK, RST, or an ICMP error about our SYN (icmp.go).
 // gVisor repeats the SYN after 1, 2, 4 ... seconds; ctx says for how long. An answer
@@ -75,6 +76,9 @@ func (s *Stack) dial(ctx context.Context, from, to netip.AddrPort) (*dialled, er
 	}
 	defer s.flows.Done()
 	defer s.out.end(p)
+	if p.from.Port() != 0 && s.isLive(p.tuple()) { // no Handshake can begin any more
+		return nil, syscall.EADDRINUSE
+	}
 	size := s.bufs.enter()
 	s.served.Add(1)
 	c, err := s.connectTo(ctx, p, size)
@@ -91,7 +95,15 @@ func (s *Stack) canBeClient(a netip.Addr) bool {
 		!a.Is4In6() && a != broadcast4
 }
 
-// enterDial counts p among the flows that Run waits for.
+// isLive reports whether the guest's kernel has t, to any goroutine but the link's.
+func (s *Stack) isLive(t flow.Tuple) (live bool) {
+	if s.kernel.Kernel != nil {
+		s.kernel.Do(func() { live = s.kernel.Live(t) })
+	}
+	return live
+}
+
+// enterDial counts p among the flows that Run waits for, and makes it known if it has a port.
 func (s *Stack) enterDial(p *pendingDial) error {
 	t := p.tuple()
 	s.dials.mu.Lock()
@@ -99,10 +111,11 @@ func (s *Stack) enterDial(p *pendingDial) error {
 	switch {
 	case s.dials.closed:
 		return syscall.ENETDOWN
-	case s.dials.byFlow[t] != nil, s.out.hasByHand(t):
+	case s.dials.byFlow[t] != nil:
 		return syscall.EADDRINUSE
-	case !s.out.begin(p, s.cfg.MaxDials):
-		return syscall.EAGAIN
+	}
+	if err := s.out.begin(p, s.cfg.MaxDials); err != nil {
+		return err
 	}
 	s.flows.Add(1)
 	return nil
@@ -201,25 +214,37 @@ type pendingDials struct {
 	byFlow map[flow.Tuple]*pendingDial
 }
 
-// begin counts p, and reports whether there was room.
-func (o *pendingDials) begin(p *pendingDial, most int) bool {
+// begin counts p, and makes it known if it has a port already.
+func (o *pendingDials) begin(p *pendingDial, most int) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.n >= most {
-		return false
+	return o.beginLocked(p, most)
+}
+
+// beginLocked is begin. The caller must hold mu.
+func (o *pendingDials) beginLocked(p *pendingDial, most int) error {
+	switch {
+	case o.byFlow[p.tuple()] != nil:
+		return syscall.EADDRINUSE
+	case o.n >= most:
+		return syscall.EAGAIN
 	}
 	o.n++
-	return true
+	if p.from.Port() != 0 {
+		o.add(p)
+	}
+	return nil
 }
 
 // bound makes p known by the port that it got.
 func (o *pendingDials) bound(p *pendingDial, ep tcpip.Endpoint) {
-	if a, terr := ep.GetLocalAddress(); terr == nil {
-		p.from = netip.AddrPortFrom(p.from.Addr(), a.Port)
-	}
+	a, terr := ep.GetLocalAddress()
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.add(p)
+	if terr == nil && p.from.Port() == 0 {
+		p.from = netip.AddrPortFrom(p.from.Addr(), a.Port)
+		o.add(p)
+	}
 }
 
 // add makes p known. The caller holds the lock.

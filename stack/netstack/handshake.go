@@ -113,29 +113,12 @@ func (s *Stack) enterHandshake(k *handshake) error {
 func (o *pendingDials) beginByHand(k *handshake, most int) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	t := k.tuple()
-	switch {
-	case o.byFlow[t] != nil:
-		return syscall.EADDRINUSE
-	case o.n >= most:
-		return syscall.EAGAIN
+	if err := o.beginLocked(&k.pendingDial, most); err != nil {
+		return err
 	}
-	o.n++
-	o.add(&k.pendingDial)
 	o.byHand.Add(1)
 	k.repeat(firstRetry)
 	return nil
-}
-
-// hasByHand reports whether t is a handshake.
-func (o *pendingDials) hasByHand(t flow.Tuple) bool {
-	if o.byHand.Load() == 0 {
-		return false
-	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	p := o.byFlow[t]
-	return p != nil && p.hand != nil
 }
 
 // repeat writes the SYN again after gap, and then ever more rarely. The caller holds the

@@ -268,6 +268,24 @@ func TestHandshakeInUse(t *testing.T) {
 			t.Errorf("%v", err)
 		}
 	})
+	t.Run("by_dial_that_has_begun", func(t *testing.T) { // gVisor does not know it yet
+		k := new(fakeKernel)
+		b := startKernel(t, k)
+		p := &pendingDial{from: f.client, to: f.guest}
+		if err := b.enterDial(p); err != nil {
+			t.Fatal(err)
+		}
+		defer b.flows.Done()
+		if _, _, err := shake(t, b, k, f.client, f.guest); !errors.Is(err, syscall.EADDRINUSE) {
+			t.Errorf("%v", err)
+		}
+		b.out.end(p)
+		end, _, err := shake(t, b, k, f.client, f.guest)
+		if err != nil {
+			t.Fatalf("afterwards: %v", err)
+		}
+		end(false)
+	})
 	t.Run("by_guest", func(t *testing.T) {
 		k := &fakeKernel{decide: func(flow.Tuple) (flow.Verdict, bool) { return flow.Verdict{}, false }}
 		b := startKernel(t, k)
@@ -282,6 +300,12 @@ func TestHandshakeInUse(t *testing.T) {
 		b := startKernel(t, k)
 		if _, _, err := shake(t, b, k, f.client, f.guest); !errors.Is(err, syscall.EADDRINUSE) {
 			t.Errorf("%v", err)
+		}
+		if _, err := dialGuestFrom(t, b, f.client, f.guest); !errors.Is(err, syscall.EADDRINUSE) {
+			t.Errorf("a dial: %v", err)
+		}
+		if b.out.n != 0 || len(b.out.byFlow) != 0 {
+			t.Error("it is still counted")
 		}
 	})
 }

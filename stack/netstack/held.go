@@ -58,6 +58,10 @@ type Kernel interface {
 
 	// Live reports whether t is a connection that the guest's kernel has.
 	Live(t flow.Tuple) bool
+
+	// Do has f called on the goroutine that reads the link, and waits for it; any other
+	// may call it. At the end f is not called.
+	Do(f func()) bool
 }
 
 // kernelPath is what a Stack knows about it. But for mu's, its fields belong to the

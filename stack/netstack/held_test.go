@@ -63,6 +63,13 @@ func (k *fakeKernel) Answer(_ flow.Tuple, syn []byte, _ link.Header, _ flow.Verd
 
 func (k *fakeKernel) Live(t flow.Tuple) bool { return k.live != nil && k.live(t) }
 
+func (k *fakeKernel) Do(f func()) bool {
+	done := make(chan struct{})
+	k.do(func() { f(); close(done) })
+	<-done
+	return true
+}
+
 func (k *fakeKernel) do(f func()) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
