@@ -220,6 +220,7 @@ func TestPublishDocker(t *testing.T) {
 			expectListeners(t, n, "docker rm of a container with IPv6", ofPlain...)
 		}
 		d.conflict(t, n, ofPlain)
+		d.conflictInside(t, k)
 
 		always := d.runImage(t, "--restart", "always", "-p", "18083:80")
 		ofAlways := onAll("tcp", 18083)
@@ -456,6 +457,28 @@ func (d *docker) conflict(t *testing.T, n *topo.Topology, before [][]string) {
 		}
 	}
 	expectListeners(t, n, "after a conflict", append(before, []string{"tcp 0.0.0.0:18090"})...)
+}
+
+// conflictInside asks for a port that a container on the engine's own network has. Before Docker 28
+// it is our proxy that cannot listen, and says who has it; later dockerd, which does not.
+func (d *docker) conflictInside(t *testing.T, k dockerdKind) {
+	t.Helper()
+	id := d.must(t, "run", "-d", "--network", "host", "--stop-signal", "KILL", dockerImage, "/bin/busybox", "httpd", "-f", "-p", "18090")
+	defer d.must(t, "rm", "-f", id)
+	want := "port 18090 is taken by busybox (pid " + d.pid(t, id) + ")"
+	if k.name == "current" {
+		want = "failed to bind host port 0.0.0.0:18090/tcp: address already in use"
+	}
+	var out []byte
+	if !eventually(20*time.Second, func() (told bool) { // until the server listens, and the search is not given up
+		ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+		defer cancel()
+		var err error
+		out, err = d.command(ctx, "run", "--rm", "-p", "18090:80", dockerImage, "/bin/busybox", "true").CombinedOutput()
+		return err != nil && strings.Contains(string(out), want)
+	}) {
+		t.Errorf("docker run with a port that is taken inside: expected %q:\n%s", want, out)
+	}
 }
 
 // comm is our own name as the kernel has it.

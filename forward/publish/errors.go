@@ -50,6 +50,10 @@ type ConflictError struct {
 // Holder is who has a port: a Published of the same Book, a PassedOn, a Process or a User.
 type Holder interface{ String() string }
 
+// HolderOf tells who keeps the process from binding a socket to at; nil if nobody is found. It may
+// take half a second.
+func HolderOf(proto flow.Proto, at netip.AddrPort) Holder { return new(holders).find(proto, at) }
+
 // Published is a Holder that the Book knows itself.
 type Published struct {
 	Spec  flow.PortSpec // as it was asked for

@@ -30,7 +30,7 @@ var mayImport = []struct {
 	{"forward/publish", []string{"internal/flow"}, "the book of ports listens and knows nothing of how bytes travel"},
 	{"internal/engine/docker", []string{"internal/flow"}, "it reads an engine's API and tells which ports to publish"},
 	{"internal/engine/listeners", []string{"internal/flow"}, "it reads what listens and tells which ports to publish"},
-	{"internal/dockerproxy", []string{"internal/flow", "internal/api"}, "it is a client of the daemon, inside the engine"},
+	{"internal/dockerproxy", []string{"internal/flow", "internal/api", "forward/publish"}, "it is a client of the daemon, inside the engine, and names who has a port there as the book does on the host"},
 	{"dns", []string{"internal/flow"}, "siblings do not import each other; the daemon introduces them"},
 	{"internal/api", []string{"internal/flow", "internal/flow/table", "internal/config"}, "siblings do not import each other; the daemon introduces them"},
 	{"internal/daemon", []string{"internal/", "stack/", "forward/", "forward", "dns"}, "the daemon knows everybody but the command line"},

@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/slipway-net/slipway/forward/publish"
 	"github.com/slipway-net/slipway/internal/api"
 	"github.com/slipway-net/slipway/internal/flow"
 )
@@ -205,11 +206,16 @@ func (p *proxy) listen(ctx context.Context, o options, publish bool, log *slog.L
 	if publish && !o.inherited && errors.Is(err, unix.EADDRNOTAVAIL) {
 		return func() {}, nil
 	}
-	return nil, fmt.Errorf("listen on %v in the engine: %w", o, why(err))
+	return nil, fmt.Errorf("listen on %v in the engine: %w", o, why(o, err))
 }
 
-// why leaves out what the caller says anyway.
-func why(err error) error {
+// why leaves out what the caller says anyway, and names who has the port.
+func why(o options, err error) error {
+	if errors.Is(err, unix.EADDRINUSE) {
+		if who := publish.HolderOf(o.proto, o.host); who != nil {
+			return fmt.Errorf("port %d is taken by %v", o.host.Port(), who)
+		}
+	}
 	if op := (*net.OpError)(nil); errors.As(err, &op) {
 		err = op.Err
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -397,7 +398,7 @@ func TestRefused(t *testing.T) {
 		{"host_conflict", nil, h.path, words(flow.TCP, listen, ap("127.0.0.1:9")),
 			"publish " + listen.String() + ": port is taken by nginx (pid 812) (hint: stop it)"},
 		{"conflict_inside", nil, h.path, words(flow.TCP, ap(taken.Addr().String()), ap("127.0.0.1:9")),
-			"listen on " + taken.Addr().String() + "/tcp in the engine: address already in use"},
+			fmt.Sprintf("listen on %v/tcp in the engine: port %d is taken by ", taken.Addr(), ap(taken.Addr().String()).Port())},
 		{"sctp", nil, h.path, []string{"-proto", "sctp", "-host-ip", "0.0.0.0", "-host-port", "1", "-container-ip", "127.0.0.1", "-container-port", "9"},
 			"sctp cannot be published: slipway carries tcp and udp"},
 		{"nonsense", nil, h.path, []string{"-host-port", "0"}, "-host-port 0: must be in 1..65535"},
