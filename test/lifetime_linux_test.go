@@ -62,7 +62,12 @@ func TestSignalEndsWaiting(t *testing.T) {
 			t.Run(name+"/"+sig.String(), func(t *testing.T) {
 				n, engine := newTopology(t), newName()
 				guest := killedDaemon(t, n, user{}, engine, "trap '' TERM; echo $$; while :; do sleep 0.1; done")
-				defer syscall.Kill(guest, syscall.SIGKILL)
+				defer func() {
+					syscall.Kill(guest, syscall.SIGKILL)
+					if r := finish(t, n.Host, user{}.slipway("run", "--name", engine, "--", "true"), 15*time.Second); r.code != 0 {
+						t.Errorf("next start: status %d: %s", r.code, r.stderr)
+					}
+				}()
 				cmd := user{}.slipway(append([]string{name, "--name", engine}, args...)...)
 				var errOut log
 				cmd.Stderr = &errOut
