@@ -38,12 +38,7 @@ func (p *publishable) pathOf(t *testing.T, own netip.AddrPort) (path string) {
 // enter connects from another machine, and expects to be seen as itself, on the path.
 func (p *publishable) enter(t *testing.T, f family, from string, port int, path string) *net.TCPConn {
 	t.Helper()
-	var c net.Conn
-	var err error
-	eventually(5*time.Second, func() bool { // the client's port may not be free at once
-		c, err = p.net.World.DialFrom("tcp", from, netip.AddrPortFrom(hostOf(f), uint16(port)).String())
-		return !errors.Is(err, syscall.EADDRINUSE)
-	})
+	c, err := p.dialAgain(from, at(hostOf(f), port))
 	if err != nil {
 		t.Fatalf("port %d, %s: %v", port, f.name, err)
 	}
@@ -140,6 +135,77 @@ func TestPublishEnteredPorts(t *testing.T) {
 			l.Close()
 		}
 	})
+}
+
+// TestPublishEnteredAgain: a client that comes again from the same port as soon as it has
+// ended, whoever ended it, is served by a socket with its own address. Without timestamps a
+// socket cannot take over the old one's TIME_WAIT: netstack serves the client, and the time
+// after that, within a second, as the gateway.
+func TestPublishEnteredAgain(t *testing.T) {
+	eachEntered(t, func(t *testing.T, p *publishable) {
+		set := func(ns *topo.NS, name string) {
+			if out, err := ns.Run("", "sh", "-c", "echo 0 >/proc/sys/net/ipv4/"+name); err != nil {
+				missing(t, "%s: %v: %s", name, err, out)
+			}
+		}
+		set(p.net.World, "tcp_max_tw_buckets") // whoever closes first there may come again
+		serve(t, p.ns, "[::]:94", func(c *net.TCPConn) {
+			defer c.Close()
+			fmt.Fprintln(c, unmap(c.RemoteAddr().(*net.TCPAddr).AddrPort()))
+			c.CloseWrite()
+			io.Copy(io.Discard, c)
+		})
+		for _, f := range families {
+			for _, own := range []int{23458, 45678} { // the kernel may choose the second itself
+				p.comeAgain(t, f, own, 18080, true, endFirst)
+				p.comeAgain(t, f, own, 18081, true, endFirst)
+				p.comeAgain(t, f, own, 18081, true, func(c *net.TCPConn) { c.SetLinger(0); c.Close() })
+				p.comeAgain(t, f, own, 18094, true, func(c *net.TCPConn) { io.Copy(io.Discard, c); c.Close() })
+			}
+		}
+		if n := counters(t, p.engine); n["kernel.unentered"] != 0 {
+			t.Errorf("%d did not enter", n["kernel.unentered"])
+		}
+		set(p.ns, "tcp_timestamps")
+		for _, f := range families {
+			p.comeAgain(t, f, 23459, 18081, false, endFirst)
+		}
+		if n := counters(t, p.engine); n["kernel.unentered"] == 0 {
+			t.Error("all have entered, in spite of TIME_WAIT")
+		}
+	})
+}
+
+// comeAgain connects a few times from one port, each time as soon as end has returned.
+func (p *publishable) comeAgain(t *testing.T, f family, own, port int, kept bool, end func(*net.TCPConn)) {
+	t.Helper()
+	for range 4 {
+		c, err := p.dialAgain(at(f.world, own), at(hostOf(f), port))
+		if err != nil {
+			t.Fatalf("port %d, %s: %v", port, f.name, err)
+		}
+		s, err := seenBy(c)
+		if err != nil || kept && s.seen != s.own {
+			t.Errorf("port %d, %s: the guest sees %v, the client is %v, %v", port, f.name, s.seen, s.own, err)
+		}
+		end(c.(*net.TCPConn))
+	}
+}
+
+// dialAgain dials from another machine, as soon as it lets us have the port again.
+func (p *publishable) dialAgain(from, to string) (c net.Conn, err error) {
+	eventually(5*time.Second, func() bool {
+		c, err = p.net.World.DialFrom("tcp", from, to)
+		return !errors.Is(err, syscall.EADDRINUSE)
+	})
+	return c, err
+}
+
+// endFirst closes c before the other side does.
+func endFirst(c *net.TCPConn) {
+	c.CloseWrite()
+	io.Copy(io.Discard, c)
+	c.Close()
 }
 
 // TestPublishEnteredForgotten: the guest empties its table of connections, and its server

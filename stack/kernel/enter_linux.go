@@ -35,9 +35,9 @@ import (
 // a router's packets would not pass, or its TCP does not answer such a probe: that
 // address and port is not entered for avoidTime.
 //
-// The socket's numbers belong to it until it is closed, and for TIME_WAIT: a client that
-// comes again sooner than the kernel allows (1 s with net.ipv4.tcp_tw_reuse, else 60 s)
-// gets ErrNoEntry, too.
+// The socket's numbers belong to it until it is closed. A client that comes again takes over
+// its TIME_WAIT at once, as bind(2) to the port lets it, if timestamps tell the two
+// connections apart; without timestamps it gets ErrNoEntry, too, for 60 s.
 //
 // When somebody empties the guest's table of connections, the next packet of the socket's
 // gets a new entry its label. What the guest sends before that comes out of the device

@@ -24,7 +24,9 @@ import (
 //	         that completes the handshake, or by a RST
 //	RST      a refusal, if it acknowledges the SYN
 //	ACK      of another number belongs to an old connection of the guest's: it gets the
-//	         RST that ends that (RFC 9293 section 3.5.1)
+//	         RST that ends that (RFC 9293 section 3.5.1). The first is also followed by
+//	         the SYN, for which there is room now: it is a server's in TIME_WAIT, where
+//	         a client comes again from the same port before our timestamp has grown
 //	ICMP     as for a Dial (icmperror.go)
 //
 // A guest's kernel may pass over the ACK that completes the handshake: its server has no
@@ -64,6 +66,7 @@ type handshake struct {
 	then func(flow.Handshake, error)
 	made flow.Handshake
 	echo uint32 // the guest's timestamp
+	old  bool   // an old connection was reset
 
 	answered bool        // guarded
 	over     bool        // guarded
@@ -215,6 +218,10 @@ func (k *handshake) take(h header.TCP) {
 		}
 	case flags&ack != 0 && !mine:
 		k.s.writeSegment(k.from, k.to, header.TCPFields{SeqNum: h.AckNumber(), Flags: rst}, nil)
+		if !k.old { // once: it may not heed the RST (net.ipv4.tcp_rfc1337)
+			k.old = true
+			k.writeSYN()
+		}
 	case flags&syn != 0 && mine:
 		if k.s.wellFormed(h) {
 			k.answer(h)

@@ -159,6 +159,7 @@ func TestHandshakeRefused(t *testing.T) {
 	for _, f := range clients {
 		k := new(fakeKernel)
 		b := startKernel(t, k)
+		begun := time.Now()
 		end, told, err := shake(t, b, k, f.client, f.guest)
 		if err != nil {
 			t.Fatal(err)
@@ -167,10 +168,19 @@ func TestHandshakeRefused(t *testing.T) {
 		// Somebody who does not know the number cannot refuse.
 		b.send(noOffload, synACK(syn, func(f *header.TCPFields) { f.Flags, f.AckNum = header.TCPFlagRst|header.TCPFlagAck, f.AckNum+1 }))
 		b.send(noOffload, synACK(syn, func(f *header.TCPFields) { f.Flags = header.TCPFlagRst }))
-		// An old connection of the guest's gets a RST of its number.
-		b.send(noOffload, synACK(syn, func(f *header.TCPFields) { f.Flags, f.AckNum = header.TCPFlagAck, 99 }))
-		if rst := segmentOf(t, b); rst.Flags() != header.TCPFlagRst || rst.SequenceNumber() != 99 {
-			t.Errorf("an old connection gets % x", rst.TCP)
+		// An old connection of the guest's gets a RST of its number, and the first one the SYN.
+		for i := range 2 {
+			b.send(noOffload, synACK(syn, func(f *header.TCPFields) { f.Flags, f.AckNum = header.TCPFlagAck, 99 }))
+			if rst := segmentOf(t, b); rst.Flags() != header.TCPFlagRst || rst.SequenceNumber() != 99 {
+				t.Errorf("an old connection gets % x", rst.TCP)
+			}
+			if i > 0 {
+				continue
+			}
+			again := segmentOf(t, b)
+			if d := time.Since(begun); again.Flags() != header.TCPFlagSyn || again.SequenceNumber() != syn.SequenceNumber() || d >= firstRetry {
+				t.Errorf("behind the RST there is % x, after %v", again.TCP, d)
+			}
 		}
 		b.send(noOffload, synACK(syn, func(f *header.TCPFields) { f.Flags = header.TCPFlagSyn })) // is dropped
 		b.send(noOffload, synACK(syn, func(f *header.TCPFields) { f.Flags = header.TCPFlagRst | header.TCPFlagAck }))
