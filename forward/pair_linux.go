@@ -31,7 +31,7 @@ import (
 //   - the bytes of a bulk transfer go through a pipe with splice(2), which moves pages
 //     instead of copying them, unless dst takes large segments, as sockets on loopback
 //     do. A spliced segment has at most 17 pages of 4 KiB (MAX_SKB_FRAGS in
-//     include/linux/skbuff_ref.h, skb_splice_from_iter), and those pages are freed on a
+//     include/linux/skbuff.h, skb_splice_from_iter), and those pages are freed on a
 //     processor that is often not the sender's, who then writes to memory that no cache
 //     holds. Copies of readMost bytes leave in segments of up to 256 KiB (see
 //     nsagent's loopbackUp), and both their pages and the sender's come back to who
@@ -60,8 +60,9 @@ const (
 	// socket with large segments fills. It should stay in a processor's second level
 	// cache together with what is copied to and from it.
 	readMost = 384 << 10
-	// largeSegment is a maximum segment size in bytes that only loopback devices have:
-	// their MTU is 64 KiB, and a connection of theirs begins with half of it.
+	// largeSegment is a maximum segment size in bytes that hardly any but loopback devices
+	// have: their MTU is 64 KiB, and a connection of theirs begins with half of it
+	// (include/net/tcp.h, tcp_bound_to_half_wnd).
 	largeSegment = 16 << 10
 	// bulkFloor is how many bytes a read of a bulk transfer brings at least; shortMost
 	// of less in a row make it small again.
@@ -184,7 +185,7 @@ const watchAll = loop.Readable | loop.Writable | loop.PeerShut | loop.Urgent
 
 // carry does one read and what follows from it; false ends the turn.
 func (p *pair) carry(src, dst *leg) bool {
-	if src.bulk && !src.urgent && !dst.large {
+	if src.bulk && !src.urgent && !(dst.large && p.s.blocks.spare()) {
 		if pp := p.s.pipes.get(); pp != nil {
 			return p.splice(src, dst, pp)
 		}

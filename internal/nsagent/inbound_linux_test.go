@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -477,18 +478,35 @@ func listFDs(t *testing.T) (names []string) {
 	return names
 }
 
-// Loopback of our own namespaces takes large segments, but few small ones at once; that of
-// others stays as it is.
+// Loopback of our own namespaces takes large segments, but few small ones at once, unless
+// containers may have others than an Ethernet's; that of others stays as it is.
 func testInboundSegments(t *testing.T) {
 	const show = "ip -d link show lo | grep -oE 'gso_max_size [0-9]+ gso_max_segs [0-9]+'"
+	const large, ordinary = "gso_max_size 262144 gso_max_segs 44", "gso_max_size 65536 gso_max_segs 65535"
 	g := start(t, testSpec(t))
-	if got := g.sh(t, show); got != fmt.Sprintf("gso_max_size %d gso_max_segs %d", loopbackSegment, loopbackSegments) {
+	if got := g.sh(t, show); got != large {
 		t.Errorf("ours has %s", got)
 	}
+	inNamespace(t, func(t *testing.T) { // ip does not show it for IPv4
+		nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nl.Close()
+		lo := &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: loopback}}
+		widenLoopback(nl, lo)
+		if l, err := nl.LinkByIndex(loopback); err != nil || l.Attrs().GSOIPv4MaxSize != loopbackSegment {
+			t.Errorf("%+v, %v", l, err)
+		}
+	})
+	spec := testSpec(t)
+	spec.TUN.MTU = etherMTU + 1
+	if got := start(t, spec).sh(t, show); got != ordinary {
+		t.Errorf("with a larger MTU it has %s", got)
+	}
 	f := newForeign(t, ordinaryUser())
-	before := f.sh(t, show)
 	start(t, joinSpec(t, Join{PID: f.pid}))
-	if got := f.sh(t, show); got != before {
-		t.Errorf("that of others had %s and has %s", before, got)
+	if got := f.sh(t, show); got != ordinary {
+		t.Errorf("that of others has %s", got)
 	}
 }
