@@ -24,22 +24,6 @@ const txQueueLen = 10000
 // loopback is the index of lo, which is the first device of every namespace.
 const loopback = 1
 
-// A segment on loopback may be larger than 64 KiB (BIG TCP: net/core/sock.c, sk_dst_gso_max_size;
-// Linux 5.19 for IPv6, 6.3 for IPv4), which is what the bytes of published ports gain from: fewer
-// packets pass the guest's rules. A connection that is translated to a container begins on
-// loopback, too, and leaves by a device that takes 64 KiB; the kernel would cut what is larger into
-// single packets (net/core/dev.c, gso_features_check), so their number is bounded as well: 44 of
-// 1488 bytes, with their headers in an Ethernet's 1540, are 64 KiB. Where networks of containers may
-// have a larger MTU, which they take from ours, loopback stays as it is.
-//
-// The price: UDP_SEGMENT with more than 44 datagrams is cut on loopback, and rules in INPUT see
-// IPv4 packets whose length field is 0 and IPv6 ones with a hop-by-hop header (troubleshooting.md).
-const (
-	loopbackSegment  = 256 << 10 // bytes
-	loopbackSegments = 44
-	etherMTU         = 1500
-)
-
 // network makes the TUN with its addresses and routes.
 func (g *guest) network(r *Report) (*os.File, error) {
 	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
@@ -77,23 +61,13 @@ func (g *guest) loopbackUp(nl *netlink.Handle) error {
 			}
 		})
 	}
-	if g.spec.Join == nil && g.spec.TUN.MTU <= etherMTU {
-		widenLoopback(nl, lo)
+	if g.spec.Join == nil {
+		g.widenLoopback(nl, lo)
 	}
 	if err := nl.LinkSetUp(lo); err != nil {
 		return &Error{Op: "set up", On: "lo", Err: err, Hint: userNamespaceHint(err)}
 	}
 	return nil
-}
-
-// widenLoopback allows large segments on lo, which is down, where the kernel can. It does not for
-// IPv4 alone: some kernels compare a packet of either family with IPv6's limit.
-func widenLoopback(nl *netlink.Handle, lo netlink.Link) {
-	if nl.LinkSetGSOMaxSize(lo, loopbackSegment) != nil {
-		return
-	}
-	nl.LinkSetGSOIPv4MaxSize(lo, loopbackSegment) // before 6.3 the kernel ignores it
-	nl.LinkSetGSOMaxSegs(lo, loopbackSegments)
 }
 
 // openTUN makes the device in our namespace; it lives as long as the file is open
