@@ -185,12 +185,18 @@ const watchAll = loop.Readable | loop.Writable | loop.PeerShut | loop.Urgent
 
 // carry does one read and what follows from it; false ends the turn.
 func (p *pair) carry(src, dst *leg) bool {
-	if src.bulk && !src.urgent && !(dst.large && p.s.blocks.spare()) {
+	if src.bulk && !src.urgent && p.s.splices(dst) {
 		if pp := p.s.pipes.get(); pp != nil {
 			return p.splice(src, dst, pp)
 		}
 	}
 	return p.copy(src, dst)
+}
+
+// splices reports whether bulk transfers to dst are spliced. Half of the pipes are for those
+// that are never copied.
+func (s *Sockets) splices(dst *leg) bool {
+	return !dst.large || !s.blocks.spare() && s.pipes.made <= maxPipes/2
 }
 
 // copy reads once and writes what it got.

@@ -74,17 +74,19 @@ func newConfigShow() *cobra.Command {
 	return cmd
 }
 
-// checkKnown returns an error if no engine of that name is configured, nor running. Running ones
-// that cannot be listed are none.
+// checkKnown returns an error if no engine of that name is configured, nor running.
 func checkKnown(c *config.Config, name string) error {
 	configured := c.Names()
-	running, _ := daemon.Engines()
+	running, err := daemon.Engines()
 	if slices.Contains(configured, name) || slices.Contains(running, name) {
 		return nil
 	}
 	p := &daemon.Problem{
 		Err:  fmt.Errorf("show configuration on %s: no such engine is configured or running", name),
 		Hint: "without a name, slipway config show prints what holds for every engine that has no table [engine.NAME]",
+	}
+	if err != nil && runtime.GOOS == "linux" { // elsewhere none can run
+		p.Err = fmt.Errorf("show configuration on %s: it is not configured, and running engines cannot be listed: %w", name, err)
 	}
 	if len(configured) > 0 {
 		p.Hint = "configured: " + strings.Join(configured, ", ") + "; without a name, slipway config show prints what holds for all others"

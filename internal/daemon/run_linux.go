@@ -163,6 +163,7 @@ func (e *engine) run(ctx context.Context) (code int, err error) {
 	}
 	if e.agent, err = nsagent.Start(ctx, e.spec(), e.log); err != nil {
 		if sig := e.interrupted(ctx, signals); sig != 0 { // it may have ended the agent, too
+			e.log.Debug("interrupted while starting", "signal", sig.String(), "err", err)
 			return e.interruptedCode(sig), nil
 		}
 		return 0, e.attachError(err)

@@ -27,8 +27,9 @@ import (
 // port that is asked for, to the client; or to a Handshake, and the socket that goes on with
 // it. Whoever was first has them, from the moment that he asks; a Dial that is second
 // gets EADDRINUSE, a SYN that is second goes to the Dial's endpoint, as two sockets that
-// connect to each other do (RFC 9293 section 3.5). The ports of different destinations are
-// independent: one client port may be used for each of the guest's.
+// connect to each other do (RFC 9293 section 3.5), but for the moment before gVisor has
+// that: then both go on. The ports of different destinations are independent: one client
+// port may be used for each of the guest's.
 //
 // The guest's answer decides: SYN-ACK, RST, or an ICMP error about our SYN (icmp.go).
 // gVisor repeats the SYN after 1, 2, 4 ... seconds; ctx says for how long. An answer
@@ -252,7 +253,7 @@ func (o *pendingDials) add(p *pendingDial) {
 	if o.byFlow == nil {
 		o.byFlow = make(map[flow.Tuple]*pendingDial)
 	}
-	if o.byFlow[p.tuple()] == nil { // else this one will find that it is in use
+	if o.byFlow[p.tuple()] == nil { // or gVisor chose the port of a Handshake, whose client never is the gateway
 		o.byFlow[p.tuple()] = p
 	}
 }

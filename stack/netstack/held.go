@@ -59,8 +59,8 @@ type Kernel interface {
 	// Live reports whether t is a connection that the guest's kernel has.
 	Live(t flow.Tuple) bool
 
-	// Do has f called on the goroutine that reads the link, and waits for it; any other
-	// may call it. At the end f is not called.
+	// Do has f called on the goroutine that reads the link, waits for it, and reports whether
+	// it was called, which it is not at the end. Any other goroutine may call it.
 	Do(f func()) bool
 }
 
