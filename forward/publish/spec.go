@@ -71,7 +71,7 @@ func (r rules) claims(asked flow.PortSpec) ([]netip.AddrPort, error) {
 		return nil, &PolicyError{asked, fmt.Sprintf("port %d is not in publish_ports", port), "add it to publish_ports in slipway.toml"}
 	}
 	if !wildcard(asked) && r.bind != "" && r.bind != BindAsAsked && r.bind != BindLoopbackDefault && !host.IsLoopback() {
-		return nil, &PolicyError{asked, "publish_bind allows loopback addresses only", "ask for 127.0.0.1 or [::1], or set publish_bind in slipway.toml"}
+		return nil, &PolicyError{asked, "publish_bind allows loopback addresses only", "ask for 127.0.0.1 or [::1], or set publish_bind (--publish-bind) to something else"}
 	}
 	v4, v6 := any4, any6
 	if r.bind != "" && r.bind != BindAsAsked {

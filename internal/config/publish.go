@@ -20,8 +20,11 @@ func setPublish(to *[]flow.PortSpec, v any) error {
 	var all []flow.PortSpec
 	have, full := make(hostPorts), false
 	err := eachWord(v, func(w string) error {
-		specs, err := flow.ParsePorts(strings.TrimSpace(w))
+		w = strings.TrimSpace(w)
+		specs, err := flow.ParsePorts(w)
 		switch {
+		case w == "auto":
+			return fmt.Errorf("port %q: set publish_auto = true instead", w)
 		case err != nil || full: // one that is too much is enough
 			return err
 		case len(all)+len(specs) > maxPublish:

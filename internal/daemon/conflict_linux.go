@@ -31,7 +31,7 @@ func (e *engine) told(ctx context.Context, owner string, err error) error {
 			}
 		}
 		if h.Owner == ownerConfig {
-			hint = "publish another host port (0: any), or take it out of the configuration or of -p"
+			hint = "publish another host port (0: any), or withdraw that one first: slipway ports rm"
 		}
 		return conflict(c, h.By(fmt.Sprintf("%v of %s", h.Spec, ownerText(h.Owner))), hint)
 	case publish.Process:
