@@ -34,7 +34,7 @@ import (
 //     include/linux/skbuff.h, skb_splice_from_iter), and those pages are freed on a
 //     processor that is often not the sender's, who then writes to memory that no cache
 //     holds. Copies of readMost bytes leave in segments of up to 256 KiB (see
-//     nsagent's loopbackUp), and both their pages and the sender's come back to who
+//     nsagent's widenLoopback), and both their pages and the sender's come back to who
 //     filled them: a quarter more bytes in a second. See docs/benchmarks.md.
 //   - a FIN (end of file on src) is passed on as shutdown(2) of dst when everything
 //     before it has been written, and ends that direction only (RFC 9293 section 3.6).
