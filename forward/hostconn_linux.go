@@ -20,6 +20,7 @@ type hostConn struct {
 	file   *os.File
 	raw    syscall.RawConn
 	closed atomic.Bool
+	shut   atomic.Bool // our FIN was asked for
 
 	// of the one reader
 	readPool *flow.BufPool
@@ -75,11 +76,23 @@ func (c *hostConn) readOnce(fd uintptr) bool {
 			return false
 		case nil:
 			c.readErr = io.EOF
+			if !c.shut.Load() && isClosed(fd) {
+				c.readErr = fmt.Errorf("read from target: %w", unix.ECONNRESET)
+			}
 		default:
 			c.readErr = fmt.Errorf("read from target: %w", err)
 		}
 		return true
 	}
+}
+
+// isClosed reports whether the connection is over in both directions. If it is at the end of
+// file, and we sent no FIN, it was reset, and a write(2) at the same time has taken the error
+// (net/ipv4/tcp.c, tcp_recvmsg_locked; net/core/stream.c, sk_stream_error).
+func isClosed(fd uintptr) bool {
+	const tcpClose = 7 // TCP_CLOSE, include/net/tcp_states.h
+	info, err := unix.GetsockoptTCPInfo(int(fd), unix.SOL_TCP, unix.TCP_INFO)
+	return err == nil && info.State == tcpClose
 }
 
 // Read implements flow.Conn.
@@ -118,6 +131,7 @@ func (c *hostConn) writeAll(fd uintptr) bool {
 // CloseWrite implements flow.Conn.
 func (c *hostConn) CloseWrite() error {
 	var serr error
+	c.shut.Store(true)
 	if err := c.raw.Control(func(fd uintptr) { serr = unix.Shutdown(int(fd), unix.SHUT_WR) }); err != nil {
 		return err
 	}

@@ -1,0 +1,65 @@
+package forward
+
+import (
+	"errors"
+	"io"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/slipway-net/slipway/internal/flow"
+)
+
+// A write has taken the error of a reset before the read, which must not see an orderly end.
+func TestHostConnResetSeenByWrite(t *testing.T) {
+	peer, fd := loopbackPair(t, largeSegments)
+	c, err := newHostConn(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	peer.SetLinger(0)
+	peer.Close()
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		if _, err := c.Write([]byte("x")); err != nil {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the reset does not arrive")
+		}
+	}
+	if _, err := c.ReadBuf(new(flow.BufPool)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("read %v instead of a reset", err)
+	}
+}
+
+// An orderly end is none, whoever was first.
+func TestHostConnEnd(t *testing.T) {
+	for _, first := range []bool{false, true} {
+		peer, fd := loopbackPair(t, largeSegments)
+		c, err := newHostConn(fd)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if first {
+			if err := c.CloseWrite(); err != nil {
+				t.Fatal(err)
+			}
+			io.Copy(io.Discard, peer) // has the FIN
+		}
+		peer.CloseWrite()
+		if first { // both have ended: the socket is over
+			for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+				if i, err := unix.GetsockoptTCPInfo(fd, unix.SOL_TCP, unix.TCP_INFO); err != nil || i.State == 7 {
+					break
+				}
+			}
+		}
+		if _, err := c.ReadBuf(new(flow.BufPool)); err != io.EOF {
+			t.Errorf("closed first: %v: read %v instead of the end", first, err)
+		}
+	}
+}
