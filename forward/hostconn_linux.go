@@ -76,7 +76,8 @@ func (c *hostConn) readOnce(fd uintptr) bool {
 			return false
 		case nil:
 			c.readErr = io.EOF
-			if !c.shut.Load() && isClosed(fd) {
+			// In this order: shut is stored before the socket can be over because of it.
+			if isClosed(fd) && !c.shut.Load() {
 				c.readErr = fmt.Errorf("read from target: %w", unix.ECONNRESET)
 			}
 		default:

@@ -61,3 +61,24 @@ func TestHostConnEnd(t *testing.T) {
 		}
 	}
 }
+
+// An orderly end is none either while the other direction ends: the peer's FIN is read as ours
+// leaves.
+func TestHostConnEndBothAtOnce(t *testing.T) {
+	for range 2000 {
+		peer, fd := loopbackPair(t, largeSegments)
+		c, err := newHostConn(fd)
+		if err != nil {
+			t.Fatal(err)
+		}
+		peer.CloseWrite()
+		go c.CloseWrite()
+		_, err = c.ReadBuf(new(flow.BufPool))
+		io.Copy(io.Discard, peer) // until ours was sent
+		c.Close()
+		peer.Close()
+		if err != io.EOF {
+			t.Fatalf("read %v instead of the end", err)
+		}
+	}
+}
