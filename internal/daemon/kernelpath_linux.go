@@ -56,7 +56,7 @@ type kernelPath struct {
 var _ netstack.Kernel = (*kernelPath)(nil)
 
 // openLink takes over the device, for the kernel path if there is one.
-func (e *engine) openLink(s *services, tun *os.File) (err error) {
+func (e *engine) openLink(s *services) (err error) {
 	if e.cfg.Path == config.PathNetstack {
 		e.pathWhy = "as configured"
 	} else if e.pathWhy = e.agent.Report().Kernel; e.pathWhy == "" {
@@ -65,13 +65,13 @@ func (e *engine) openLink(s *services, tun *os.File) (err error) {
 			if err != nil {
 				return err
 			}
-			e.link, err = link.NewPolledTUN(tun, e.cfg.MTU)
+			e.link, err = link.NewTUN(e.agent.UnpolledTUN(), e.cfg.MTU)
 			e.kernel.link = e.link
 			return err
 		}
 		e.pathWhy = "the agent has no sockets for it"
 	}
-	e.link, err = link.NewTUN(tun, e.cfg.MTU)
+	e.link, err = link.NewTUN(e.agent.TUN(), e.cfg.MTU)
 	return err
 }
 

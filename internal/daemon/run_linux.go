@@ -178,11 +178,10 @@ func (e *engine) run(ctx context.Context) (code int, err error) {
 func (e *engine) serve(ctx context.Context, signals *signals) (int, error) {
 	killed, kill := context.WithCancel(context.WithoutCancel(ctx))
 	defer kill()
-	tun := e.agent.TUN()
-	services, err := e.startServices(ctx, tun)
+	services, err := e.startServices(ctx)
 	if err != nil {
-		tun.Close()
-		kill() // nothing of the user's runs yet
+		e.agent.TUN().Close() // again, if the link had it
+		kill()                // nothing of the user's runs yet
 		return 0, errors.Join(err, e.agent.Close(killed))
 	}
 	defer services.stop()
@@ -232,10 +231,10 @@ func (e *engine) progress(format string, args ...any) {
 }
 
 // startServices makes the parts on the guest's device and sets them going. On error
-// tun is the caller's to close, again if need be.
-func (e *engine) startServices(ctx context.Context, tun *os.File) (*services, error) {
+// the device is the caller's to close, again if need be.
+func (e *engine) startServices(ctx context.Context) (*services, error) {
 	s := newServices(ctx)
-	if err := e.makeServices(s, tun); err != nil {
+	if err := e.makeServices(s); err != nil {
 		s.stop()
 		return nil, err
 	}
@@ -247,8 +246,8 @@ func (e *engine) startServices(ctx context.Context, tun *os.File) (*services, er
 }
 
 // makeServices makes the parts, and registers how they end.
-func (e *engine) makeServices(s *services, tun *os.File) error {
-	if err := e.openLink(s, tun); err != nil {
+func (e *engine) makeServices(s *services) error {
+	if err := e.openLink(s); err != nil {
 		return err
 	}
 	s.onStop(func() { e.link.Close() }) // again, unless the stack never ran

@@ -30,6 +30,7 @@ type Agent struct {
 	mapped idMaps
 	report Report
 	tun    *os.File
+	lowTUN int // descriptor of what tun becomes
 	spare  int // a descriptor of the TUN for Release; -1 if none
 	netns  *os.File
 	kernel *KernelSockets // or nil
@@ -41,6 +42,7 @@ type Agent struct {
 	routes  routes
 	diag    diag
 
+	tunOnce  sync.Once
 	done     chan struct{} // closed when the guest is over: see Done
 	doneOnce sync.Once
 	ended    chan struct{} // closed when the agent and all it started are gone
@@ -76,7 +78,25 @@ func newAgent(spec Spec, log *slog.Logger) *Agent {
 // TUN returns the guest's device, opened with IFF_TUN, IFF_NO_PI and IFF_VNET_HDR,
 // non-blocking. The caller owns it; with the last descriptor the device goes. Closing that
 // takes the kernel 15 to 30 ms, unless the caller calls Release afterwards.
-func (a *Agent) TUN() *os.File { return a.tun }
+//
+// Its number is below those of all that the engine opens later, and has to stay that: see
+// lowNumbers.
+func (a *Agent) TUN() *os.File { return a.openTUN(true) }
+
+// UnpolledTUN is TUN for a caller who waits for the device with a poller of its own: Go's
+// does not know the file, which has no deadlines, and whose Read and Write fail where they
+// would wait. The first call of the two decides for both.
+func (a *Agent) UnpolledTUN() *os.File { return a.openTUN(false) }
+
+func (a *Agent) openTUN(polled bool) *os.File {
+	a.tunOnce.Do(func() {
+		// Package os asks once, and leaves alone what would block.
+		unix.SetNonblock(a.lowTUN, polled)
+		a.tun = os.NewFile(uintptr(a.lowTUN), a.spec.TUN.Name)
+		unix.SetNonblock(a.lowTUN, true)
+	})
+	return a.tun
+}
 
 // NetNS returns a descriptor of the guest's network namespace, for comparing and for
 // those who may setns(2). It is open until Close returns.

@@ -73,8 +73,9 @@ func Start(ctx context.Context, spec Spec, log *slog.Logger) (*Agent, error) {
 // lowNumbers reserves the numbers for the descriptors of the TUN before anything else of
 // the engine is opened. The kernel closes the descriptors of a process that is killed from
 // the highest to the lowest (task_work_run of kernel/task_work.c). Where guests live on,
-// as after attach, the sockets of flows must be closed, and the guests told, while the
-// device and its addresses are there.
+// as after attach, the sockets of flows, and listeners with connections that nobody has
+// accepted yet, must be closed, and the guests told, while the device and its addresses
+// are there.
 func lowNumbers() (low []int, err error) {
 	for range 2 {
 		fd, err := unix.Open(os.DevNull, unix.O_RDONLY|unix.O_CLOEXEC, 0)
@@ -97,9 +98,8 @@ func (a *Agent) lowerTUN(low []int) error {
 	if err != nil {
 		return &Error{Op: "duplicate", On: a.spec.TUN.Name, Err: err}
 	}
-	name := a.tun.Name()
 	a.tun.Close()
-	a.tun, a.spare = os.NewFile(uintptr(low[0]), name), low[1]
+	a.tun, a.lowTUN, a.spare = nil, low[0], low[1]
 	return nil
 }
 

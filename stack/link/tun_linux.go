@@ -45,6 +45,9 @@ type TUN struct {
 // IFF_NO_PI and IFF_VNET_HDR, and agrees with the kernel on offloads: those that
 // it refuses are given up one by one. mtu is the device's, in bytes. On error f
 // stays the caller's.
+//
+// If Go's poller does not know f, the caller waits for the device, with Watch and
+// TryReadPacket, and ReadPacket must not be called.
 func NewTUN(f *os.File, mtu int) (*TUN, error) {
 	raw, err := f.SyscallConn()
 	if err != nil {
@@ -64,32 +67,6 @@ func NewTUN(f *os.File, mtu int) (*TUN, error) {
 	}
 	if ctlErr != nil {
 		return nil, fmt.Errorf("set offloads on %s: %w", f.Name(), ctlErr)
-	}
-	return t, nil
-}
-
-// NewPolledTUN is NewTUN for a device that the caller waits for, with Watch and
-// TryReadPacket: Go's poller does not know it and is not woken by its packets.
-// ReadPacket must not be called. f is closed, on error too.
-func NewPolledTUN(f *os.File, mtu int) (*TUN, error) {
-	defer f.Close()
-	raw, err := f.SyscallConn()
-	if err != nil {
-		return nil, fmt.Errorf("open link on %s: %w", f.Name(), err)
-	}
-	fd := -1
-	cerr := raw.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) })
-	if err := errors.Join(cerr, err); err != nil {
-		return nil, fmt.Errorf("open link on %s: %w", f.Name(), err)
-	}
-	// package os asks once, and leaves alone what would block.
-	unix.SetNonblock(fd, false)
-	own := os.NewFile(uintptr(fd), f.Name())
-	unix.SetNonblock(fd, true)
-	t, err := NewTUN(own, mtu)
-	if err != nil {
-		own.Close()
-		return nil, err
 	}
 	return t, nil
 }
