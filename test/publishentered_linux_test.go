@@ -211,7 +211,6 @@ func endFirst(c *net.TCPConn) {
 // TestPublishEnteredForgotten: the guest empties its table of connections, and its server
 // is the first to say something.
 func TestPublishEnteredForgotten(t *testing.T) {
-	need(t, "conntrack")
 	eachEntered(t, func(t *testing.T, p *publishable) {
 		speak := make(chan bool)
 		serve(t, p.ns, "[::]:94", func(c *net.TCPConn) {
@@ -223,9 +222,7 @@ func TestPublishEnteredForgotten(t *testing.T) {
 		})
 		for _, f := range families {
 			talks, behind := p.enter(t, f, at(f.world, 0), 18094, "kernel"), p.enter(t, f, at(f.world, 0), 18080, "kernel")
-			if out, err := p.ns.Run("", "conntrack", "-F", "-f", map[bool]string{false: "ipv4", true: "ipv6"}[f.v6]); err != nil {
-				missing(t, "conntrack -F: %v: %s", err, out)
-			}
+			flushConntrack(t, p.ns)
 			speak <- true
 			talks.SetReadDeadline(time.Now().Add(10 * time.Second))
 			if line, err := bufio.NewReader(talks).ReadString('\n'); line != "still here\n" {
