@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -208,10 +209,13 @@ func settled(t testing.TB, e *engine, start *holding) holding {
 	return h
 }
 
-// noneRefused wants the counters of all limits to be zero.
-func noneRefused(t testing.TB, e *engine) {
+// noneRefused wants the counters of all limits to be zero, but for those of except.
+func noneRefused(t testing.TB, e *engine, except ...string) {
 	t.Helper()
 	for name, n := range counters(t, e) {
+		if slices.Contains(except, name) {
+			continue
+		}
 		limit := strings.Contains(name, "limit") && !strings.HasSuffix(name, ".limit") || strings.HasSuffix(name, "failed") ||
 			strings.HasSuffix(name, "accept_errors") || name == "kernel.unanswered" || name == "kernel.stray"
 		if limit && n != 0 {
@@ -386,7 +390,13 @@ func TestShortFlows(t *testing.T) {
 		}
 		wg.Wait()
 		settled(t, g.engine, &start)
-		noneRefused(t, g.engine)
+		// The reset of a guest that says nothing can overtake the ACK that completes its
+		// handshake: each waits in the queue of the processor that sent it.
+		const overtaken = "kernel.unanswered"
+		noneRefused(t, g.engine, overtaken)
+		if n := counters(t, g.engine)[overtaken]; n > workers*rounds/4/100 {
+			t.Errorf("counter %s is %d", overtaken, n)
+		}
 	})
 }
 
