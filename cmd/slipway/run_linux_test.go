@@ -173,6 +173,7 @@ func TestKilledDaemon(t *testing.T) {
 			e.Process.Kill()
 			e.end(t)
 			eventually(t, "the guest ends", func() bool { return len(guests(t)) == 0 })
+			eventually(t, "the agent, which is the last, ends", func() bool { return unlocked(t, "/run/slipway/dead/guest") })
 			if _, err := os.Stat("/run/slipway/dead/lock"); err != nil {
 				t.Errorf("no stale directory to test with: %v", err)
 			}
@@ -188,6 +189,17 @@ func TestKilledDaemon(t *testing.T) {
 			nothingLeft(t)
 		})
 	}
+}
+
+// unlocked reports whether nobody has the lock of a file.
+func unlocked(t *testing.T, path string) bool {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	return unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil
 }
 
 func TestUp(t *testing.T) {
