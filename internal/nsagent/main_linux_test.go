@@ -69,6 +69,8 @@ func TestMain(m *testing.M) {
 		daemonRole()
 	case "server":
 		serverRole()
+	case "stopper":
+		stopperRole()
 	}
 	goleak.VerifyTestMain(m)
 }

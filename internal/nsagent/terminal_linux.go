@@ -107,11 +107,18 @@ func (j *job) suspend(p *Process) {
 		return
 	}
 	j.setForeground(j.pgrp)
-	unix.Kill(os.Getpid(), unix.SIGSTOP) // returns when somebody continues us
+	stopSelf()
 	if pgrp, err := j.foreground(); err == nil && pgrp == j.pgrp {
 		j.setForeground(theirs) // fg, not bg
 	}
 	p.Signal(syscall.SIGCONT)
+}
+
+// stopSelf stops this process, and returns when somebody has continued it. The signal goes to
+// our own thread: one for the whole process may be another thread's to take, and kill(2)
+// return before that has (POSIX kill).
+func stopSelf() {
+	onThread(func() { unix.Tgkill(unix.Getpid(), unix.Gettid(), unix.SIGSTOP) })
 }
 
 // close lets go of the terminal.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -20,6 +21,49 @@ func init() {
 		guestTest{"terminal_shell_killed", testTerminalShellKilled},
 		guestTest{"terminal_exec", testTerminalExec},
 	)
+}
+
+// stopperRole stops itself on another thread than its first, and says when it goes on.
+func stopperRole() {
+	runtime.LockOSThread()
+	on := make(chan struct{})
+	go func() {
+		stopSelf()
+		fmt.Print("on")
+		close(on)
+	}()
+	<-on
+	os.Exit(0)
+}
+
+// The daemon does nothing between stopping itself and being continued.
+func TestStopSelf(t *testing.T) {
+	for range 20 {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := exec.Command(selfExe)
+		c.Env = append(os.Environ(), envRole+"=stopper", "GORACE=atexit_sleep_ms=0")
+		c.Stdout, c.Stderr = w, os.Stderr
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		w.Close()
+		var status syscall.WaitStatus
+		if _, err := syscall.Wait4(c.Process.Pid, &status, syscall.WUNTRACED, nil); err != nil || !status.Stopped() {
+			t.Fatalf("status %#x, %v, want it stopped", status, err)
+		}
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fdOf(t, r)), Events: unix.POLLIN}}, 0)
+		if n != 0 || err != nil {
+			t.Errorf("it went on before it was stopped (%d, %v)", n, err)
+		}
+		c.Process.Signal(syscall.SIGCONT)
+		if err := c.Wait(); err != nil {
+			t.Error(err)
+		}
+		r.Close()
+	}
 }
 
 // openPTY returns both ends of a new pseudo terminal.
