@@ -150,8 +150,10 @@ func (a *Agent) receive() {
 	for {
 		var ev event
 		fds, err := a.wire.receiveFDs(&ev)
-		if errors.Is(err, errFilesLost) && ev.Sockets > 0 { // who asked for them may do without
-			ev.Failed, err = wireErrorOf(&Error{Op: "receive", On: "sockets of the guest", Err: unix.EMFILE}), nil
+		if errors.Is(err, errFilesLost) { // all can do without: sockets, and what tells a process's number
+			if err = nil; ev.Sockets > 0 {
+				ev.Failed = wireErrorOf(&Error{Op: "receive", On: "sockets of the guest", Err: unix.EMFILE})
+			}
 		}
 		if err != nil {
 			if err != io.EOF {
@@ -168,6 +170,16 @@ func (a *Agent) receive() {
 		closeAll(files)
 	}
 	a.finish()
+}
+
+// send sends a request. The error is ErrClosed when the agent has ended and we are about to
+// hear of it.
+func (a *Agent) send(r request, files ...*os.File) error {
+	err := a.wire.send(r, files...)
+	if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
+		return ErrClosed
+	}
+	return err
 }
 
 // handle takes one event. The files stay the caller's.

@@ -47,7 +47,7 @@ func (a *Agent) Exec(ctx context.Context, cmd Command) (*Process, error) {
 	if cmd.Main {
 		p.job = newJob(files)
 	}
-	if err := a.wire.send(request{ID: p.id, Exec: req}, files...); err != nil {
+	if err := a.send(request{ID: p.id, Exec: req}, files...); err != nil {
 		a.forget(p)
 		return nil, fmt.Errorf("exec on %s: %w", cmd.Args[0], err)
 	}
@@ -58,7 +58,6 @@ func (a *Agent) Exec(ctx context.Context, cmd Command) (*Process, error) {
 		return nil, context.Cause(ctx)
 	}
 	if p.err != nil {
-		p.job.close()
 		return nil, p.err
 	}
 	return p, nil
@@ -124,6 +123,7 @@ func (p *Process) handle(ev *event, files []*os.File) {
 	switch {
 	case ev.Failed != nil && !started:
 		p.err = ev.Failed.err()
+		p.job.close() // nobody may wait for the answer any more
 		close(p.settled)
 		close(p.exited)
 	case ev.Started > 0 && !started:
@@ -168,7 +168,7 @@ func (p *Process) Signal(sig os.Signal) error {
 		return os.ErrProcessDone
 	default:
 	}
-	return p.agent.wire.send(request{ID: p.id, Signal: s})
+	return p.agent.send(request{ID: p.id, Signal: s})
 }
 
 // Wait blocks until the process has ended. Children that it left are not waited for.

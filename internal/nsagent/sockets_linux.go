@@ -156,7 +156,7 @@ func (a *Agent) Sockets(ctx context.Context, k SocketKind, n int) ([]int, error)
 	id := a.nextID
 	a.asked[id] = answer
 	a.mu.Unlock()
-	err := a.wire.send(request{ID: id, Sockets: &socketsRequest{Kind: k, N: max(1, min(n, maxFiles))}})
+	err := a.send(request{ID: id, Sockets: &socketsRequest{Kind: k, N: max(1, min(n, maxFiles))}})
 	if err == nil {
 		select {
 		case got := <-answer:
@@ -171,9 +171,6 @@ func (a *Agent) Sockets(ctx context.Context, k SocketKind, n int) ([]int, error)
 	a.mu.Unlock()
 	if !waiting { // the answer came all the same
 		closeFDs((<-answer).fds)
-	}
-	if errors.Is(err, unix.EPIPE) { // it has ended, and we are about to hear of it
-		return nil, ErrClosed
 	}
 	return nil, fmt.Errorf("ask the agent for a %v socket: %w", k, err)
 }

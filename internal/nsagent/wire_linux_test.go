@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"reflect"
 	"strings"
@@ -309,6 +310,58 @@ func TestWireFilesLost(t *testing.T) {
 	}
 	if after := openFDs(t); after != before {
 		t.Errorf("%d descriptors before, %d after", before, after)
+	}
+}
+
+// A process whose number on the host was lost has started all the same, and the agent lives on.
+func TestStartedFilesLost(t *testing.T) {
+	ours, theirs := wirePair(t)
+	a := newAgent(Spec{}, slog.New(slog.DiscardHandler))
+	a.wire = ours
+	var err error
+	if a.proc, err = os.StartProcess("/bin/true", []string{"true"}, &os.ProcAttr{}); err != nil {
+		t.Fatal(err)
+	}
+	p, err := a.register()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := theirs.send(event{ID: p.id, Started: 42}, os.Stdin, os.Stdin); err != nil { // of which one is too many
+		t.Fatal(err)
+	}
+	withFewFDs(t, 1, func() {
+		a.workers.Go(a.receive)
+		<-p.settled
+	})
+	if p.err != nil || p.PID() != 42 {
+		t.Errorf("process %d, error %v", p.PID(), p.err)
+	}
+	theirs.close()
+	a.workers.Wait()
+}
+
+// A request to an agent that has just ended says so, whatever the socket says.
+func TestSendToNobody(t *testing.T) {
+	ours, theirs := wirePair(t)
+	a := &Agent{wire: ours}
+	theirs.close()
+	if err := a.send(request{Signal: unix.SIGTERM}); !errors.Is(err, ErrClosed) {
+		t.Errorf("error %v, want ErrClosed", err)
+	}
+}
+
+// The terminal of a command that could not be started is let go of, though nobody waits for
+// the answer any more.
+func TestFailedClosesTerminal(t *testing.T) {
+	tty, w, err := os.Pipe() // as good as one
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	p := &Process{job: &job{tty: tty}, settled: make(chan struct{}), exited: make(chan struct{})}
+	p.handle(&event{Failed: &wireError{Text: "x"}}, nil)
+	if p.job.tty != nil {
+		t.Error("it is open")
 	}
 }
 
