@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -127,7 +128,9 @@ func awaitTrap(t testing.TB, pid int, field string) {
 }
 
 func testClose(t *testing.T) {
-	g := start(t, testSpec(t))
+	spec := testSpec(t)
+	spec.StopTimeout = time.Hour
+	g := start(t, spec)
 	file := filepath.Join(t.TempDir(), "said")
 	p, err := g.Exec(t.Context(), Command{Env: os.Environ(), Args: []string{"sh", "-c",
 		`trap "echo bye >` + file + `; exit 5" TERM; while :; do sleep 0.01; done`}})
@@ -141,9 +144,9 @@ func testClose(t *testing.T) {
 	}
 	awaitTrap(t, p.PID(), "SigCgt")
 	began := time.Now()
-	end(t, g.Agent)
-	if d := time.Since(began); d > 4*time.Second {
-		t.Errorf("Close took %v, although the command ended by itself", d)
+	end(t, g.Agent) // not after an hour, as the command ends by itself
+	if d := time.Since(began); d > time.Minute {
+		t.Errorf("Close took %v", d)
 	}
 	if st, err := p.Wait(); err != nil || st.Code != 5 {
 		t.Errorf("status %+v, error %v; want 5", st, err)
@@ -162,20 +165,28 @@ func testClose(t *testing.T) {
 func testCloseStubborn(t *testing.T) {
 	spec := testSpec(t)
 	spec.StopTimeout = 200 * time.Millisecond
-	g := start(t, spec)
-	p, err := g.Exec(t.Context(), Command{Env: os.Environ(), Args: []string{"sh", "-c", `trap "" TERM; sleep 1000`}})
-	if err != nil {
-		t.Fatal(err)
+	var took time.Duration
+	for range 5 { // on a busy machine one may take longer, but not all
+		g := start(t, spec)
+		p, err := g.Exec(t.Context(), Command{Env: os.Environ(), Args: []string{"sh", "-c", `trap "" TERM; sleep 1000`}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		awaitTrap(t, p.PID(), "SigIgn")
+		began := time.Now()
+		end(t, g.Agent)
+		took = time.Since(began)
+		if took < spec.StopTimeout {
+			t.Errorf("Close took only %v", took)
+		}
+		if st, err := p.Wait(); err != nil || st.Signal != syscall.SIGKILL {
+			t.Errorf("status %+v, error %v; want KILL", st, err)
+		}
+		if took < spec.StopTimeout+orphanGrace {
+			return
+		}
 	}
-	awaitTrap(t, p.PID(), "SigIgn")
-	began := time.Now()
-	end(t, g.Agent)
-	if d := time.Since(began); d < spec.StopTimeout || d > spec.StopTimeout+orphanGrace {
-		t.Errorf("Close took %v", d)
-	}
-	if st, err := p.Wait(); err != nil || st.Signal != syscall.SIGKILL {
-		t.Errorf("status %+v, error %v; want KILL", st, err)
-	}
+	t.Errorf("Close took %v", took)
 }
 
 // A Close whose context ends does not wait for StopTimeout.
@@ -233,7 +244,9 @@ func testCloseStuck(t *testing.T) {
 
 // A command stopped by Ctrl-Z hears TERM, too.
 func testCloseStopped(t *testing.T) {
-	g := start(t, testSpec(t))
+	spec := testSpec(t)
+	spec.StopTimeout = time.Hour
+	g := start(t, spec)
 	p, err := g.Exec(t.Context(), Command{Env: os.Environ(), Args: []string{"sleep", "1000"}})
 	if err != nil {
 		t.Fatal(err)
@@ -241,7 +254,7 @@ func testCloseStopped(t *testing.T) {
 	p.Signal(syscall.SIGSTOP)
 	began := time.Now()
 	end(t, g.Agent)
-	if st, _ := p.Wait(); st.Signal != syscall.SIGTERM || time.Since(began) > 4*time.Second {
+	if st, _ := p.Wait(); st.Signal != syscall.SIGTERM || time.Since(began) > time.Minute {
 		t.Errorf("status %+v after %v", st, time.Since(began))
 	}
 }
@@ -261,7 +274,8 @@ func trace(t testing.TB) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return fmt.Sprintf("children %v\nfiles %d\nlinks %v\n%s", directChildren(), len(fds), links, mounts)
+	ours := slices.DeleteFunc(links, func(e os.DirEntry) bool { return !strings.HasPrefix(e.Name(), "slipway") }) // others come and go
+	return fmt.Sprintf("children %v\nfiles %d\nlinks %v\n%s", directChildren(), len(fds), ours, mounts)
 }
 
 func testCloseLeavesNothing(t *testing.T) {
@@ -302,19 +316,19 @@ func testDaemonKilled(t *testing.T) {
 		if err := c.Start(); err != nil {
 			t.Fatal(err)
 		}
-		sc := bufio.NewScanner(out)
-		agent, command := awaitReady(t, sc)
+		var agent, command, orphan int
+		for sc := bufio.NewScanner(out); command == 0 || orphan == 0; { // in any order
+			if !sc.Scan() {
+				t.Fatalf("the daemon did not start: %v", sc.Err())
+			}
+			fmt.Sscanf(sc.Text(), "READY %d %d", &agent, &command)
+			fmt.Sscanf(sc.Text(), "ORPHANS %d", &orphan)
+		}
 		c.Process.Kill()
 		c.Wait()
 		eventually(t, "agent and command ended", func() bool { return !alive(agent) && !alive(command) })
-		if pidns {
-			continue // the number is the guest's
-		}
-		for sc.Scan() {
-			var orphan int
-			if _, err := fmt.Sscanf(sc.Text(), "ORPHANS %d", &orphan); err == nil {
-				eventually(t, "orphan ended", func() bool { return !alive(orphan) })
-			}
+		if !pidns { // else the number is the guest's
+			eventually(t, "orphan ended", func() bool { return !alive(orphan) })
 		}
 	}
 }

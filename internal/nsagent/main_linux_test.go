@@ -142,7 +142,7 @@ func runMode(t *testing.T, name string) {
 	if f := strings.SplitN(flag.Lookup("test.run").Value.String(), "/", 3); len(f) == 3 {
 		run += "/" + f[2]
 	}
-	c := exec.Command(selfExe, "-test.v", run, "-test.timeout=2m")
+	c := exec.Command(selfExe, "-test.v", run, "-test.timeout=10m")
 	c.Env = append(os.Environ(), envRole+"=host", envMode+"="+name, "TMPDIR=/tmp",
 		"GORACE=atexit_sleep_ms=0") // the race detector makes each agent's end wait a second
 	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS}
@@ -354,14 +354,14 @@ func (g *testGuest) output(t testing.TB, c Command) (string, Status) {
 	return strings.TrimSuffix(b.String(), "\n"), st
 }
 
-// eventually polls until ok, for at most ten seconds.
+// eventually polls until ok, for at most 30 seconds.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
-	for deadline := time.Now().Add(10 * time.Second); !ok(); <-tick.C {
+	for deadline := time.Now().Add(30 * time.Second); !ok(); <-tick.C {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 10 s: %s", what)
+			t.Fatalf("not within 30 s: %s", what)
 		}
 	}
 }
