@@ -209,3 +209,48 @@ func TestExecShowsAll(t *testing.T) {
 	e.Process.Signal(unix.SIGTERM)
 	e.end(t)
 }
+
+// A terminal that is slow to show it loses nothing of what a command has written.
+func TestSlowScreen(t *testing.T) {
+	master, slave, err := pty.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer shown.Close()
+	raw, err := w.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const full = 4096
+	raw.Control(func(fd uintptr) { _, err = unix.FcntlInt(fd, unix.F_SETPIPE_SZ, full) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	written := bytes.Repeat([]byte("x"), 3*full) // more than is read at one time
+	for f, size := range map[*os.File]int{w: full, slave: len(written)} {
+		if _, err := f.Write(written[:size]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	slave.Close()
+	stdout := os.Stdout
+	os.Stdout = w
+	s := startScreen(master)
+	finished := make(chan struct{})
+	go func() {
+		defer close(finished)
+		s.finish()
+		w.Close()
+	}()
+	time.Sleep(2 * lastOutput)
+	b, err := io.ReadAll(shown)
+	<-finished
+	os.Stdout = stdout
+	if want := full + len(written); err != nil || len(b) != want {
+		t.Errorf("%d bytes were shown, %v, want %d", len(b), err, want)
+	}
+}

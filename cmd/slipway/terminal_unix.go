@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/creack/pty"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"github.com/slipway-net/slipway/internal/api"
@@ -52,9 +53,12 @@ func execOn(ctx context.Context, c *api.Client, r api.ExecRequest, signals <-cha
 	return code, err
 }
 
-// lastOutput is how long we read on after the command has ended, when a process that
-// it left keeps the terminal open.
-const lastOutput = 200 * time.Millisecond
+// lastOutput is how long we wait for output after the command has ended, when a process that
+// it left keeps the terminal open, and mostOutput how long we read on while there is some.
+const (
+	lastOutput = 200 * time.Millisecond
+	mostOutput = 10 * time.Second
+)
 
 // screen moves bytes and sizes between our terminal and the command's.
 type screen struct {
@@ -81,14 +85,40 @@ func startScreen(master *os.File) *screen {
 	return s
 }
 
+// drain waits until everything was shown that the command has written. Whoever reads our own
+// terminal may be slow.
+func (s *screen) drain() {
+	for end := time.Now().Add(mostOutput); time.Now().Before(end); {
+		select {
+		case <-s.output:
+			return
+		case <-time.After(lastOutput):
+		}
+		if !readable(s.master) {
+			return
+		}
+	}
+}
+
+// readable reports whether there is something to read.
+func readable(f *os.File) (yes bool) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return false
+	}
+	raw.Control(func(fd uintptr) {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		unix.Poll(p, 0)
+		yes = p[0].Revents&unix.POLLIN != 0
+	})
+	return yes
+}
+
 // finish shows what the command has written and ends everything.
 func (s *screen) finish() {
-	select {
-	case <-s.output:
-	case <-time.After(lastOutput):
-		s.master.Close()
-		<-s.output
-	}
+	s.drain()
+	s.master.Close()
+	<-s.output
 	signal.Stop(s.resize)
 	close(s.resize)
 	s.sizes.Wait()
