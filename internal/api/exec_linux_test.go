@@ -83,7 +83,7 @@ func TestExecClientGoes(t *testing.T) {
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("Exec = %v", err)
 	}
-	p.out.SetReadDeadline(time.Now().Add(5 * time.Second))
+	p.out.SetReadDeadline(time.Now().Add(30 * time.Second))
 	if out, err := io.ReadAll(p.out); err != nil || !strings.Contains(string(out), "hup") {
 		t.Errorf("the command got no HUP: %q, %v", out, err)
 	}

@@ -46,7 +46,7 @@ import (
 const (
 	maxLeases    = 4096             // open at one time; dockerd has one for each port
 	patience     = 10 * time.Second // with a client that does not read its answer
-	settleLimit  = time.Second      // for leases that are over to end
+	settleLimit  = 4 * time.Second  // for leases that are over to end; less than docker-proxy waits
 	refusedEvery = 10 * time.Second // a log line for refused peers
 )
 
@@ -230,7 +230,7 @@ func (s *GuestServer) request(ctx context.Context, l *lease, line []byte) guestR
 
 func (s *GuestServer) publish(ctx context.Context, l *lease, spec flow.PortSpec) (Port, error) {
 	p, err := s.backend.AddPort(ctx, l.owner, spec)
-	if err != nil && asError(err).Status == http.StatusConflict && s.settle(l) {
+	if err != nil && asError(err).Status == http.StatusConflict && s.settle(ctx, l) {
 		return s.backend.AddPort(ctx, l.owner, spec)
 	}
 	return p, err
@@ -248,8 +248,8 @@ func (s *GuestServer) withdraw(l *lease, id uint64) guestReply {
 }
 
 // settle waits until the leases whose clients have gone have ended, and reports whether
-// there were some. Two that wait for each other do so until settleLimit.
-func (s *GuestServer) settle(l *lease) bool {
+// there were some. Two that wait for each other do so until settleLimit, or ctx ends.
+func (s *GuestServer) settle(ctx context.Context, l *lease) bool {
 	gone := s.gone(l)
 	limit := time.NewTimer(settleLimit)
 	defer limit.Stop()
@@ -258,6 +258,8 @@ func (s *GuestServer) settle(l *lease) bool {
 		case <-g.ended:
 		case <-limit.C:
 			return true
+		case <-ctx.Done():
+			return false
 		}
 	}
 	return len(gone) > 0

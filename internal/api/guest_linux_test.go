@@ -120,28 +120,33 @@ func TestGuestCloses(t *testing.T) {
 	}
 }
 
-// slowBook takes its time to remove.
-type slowBook struct{ guests }
+// slowBook takes its time to remove: the daemon is busy.
+type slowBook struct {
+	guests
+	delay time.Duration
+}
 
 func (s *slowBook) RemovePort(id uint64) error {
-	time.Sleep(20 * time.Millisecond) // the daemon is busy
+	time.Sleep(s.delay)
 	return s.guests.RemovePort(id)
 }
 
 // A client that was killed has no claim any more, even if its lease has not ended yet.
 func TestGuestIsKilled(t *testing.T) {
-	path := serveGuests(t, new(slowBook))
-	for range 5 {
-		c := dialGuest(t, path)
-		if _, err := c.Publish(spec(t, "80:80")); err != nil {
-			t.Fatal(err)
+	for delay, times := range map[time.Duration]int{20 * time.Millisecond: 5, 2 * time.Second: 1} {
+		path := serveGuests(t, &slowBook{delay: delay})
+		for range times {
+			c := dialGuest(t, path)
+			if _, err := c.Publish(spec(t, "80:80")); err != nil {
+				t.Fatal(err)
+			}
+			next := dialGuest(t, path)
+			c.conn.Close()
+			if _, err := next.Publish(spec(t, "80:80")); err != nil {
+				t.Errorf("the port of one who has gone, after %v: %v", delay, err)
+			}
+			next.Close()
 		}
-		next := dialGuest(t, path)
-		c.conn.Close()
-		if _, err := next.Publish(spec(t, "80:80")); err != nil {
-			t.Errorf("the port of one who has gone: %v", err)
-		}
-		next.Close()
 	}
 }
 
