@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"github.com/slipway-net/slipway/internal/api"
 	"github.com/slipway-net/slipway/internal/flow"
@@ -186,7 +187,7 @@ func (p *process) end(t *testing.T, s os.Signal) int {
 
 func (p *process) wait(t *testing.T) int {
 	t.Helper()
-	dead := time.AfterFunc(10*time.Second, func() { p.Process.Kill() })
+	dead := time.AfterFunc(30*time.Second, func() { p.Process.Kill() })
 	defer dead.Stop()
 	var exit *exec.ExitError
 	if err := p.Wait(); err != nil && !errors.As(err, &exit) {
@@ -236,12 +237,39 @@ func bound(t *testing.T, proto flow.Proto, at netip.Addr) (*os.File, netip.AddrP
 	return f, ap(a.String())
 }
 
-// free is a port that nobody listens on.
+// free is a port that nobody listens on. Of TCP's it is kept for those who name it: the kernel
+// gives it to nobody, and who binds it with SO_REUSEADDR, as package net does, gets it.
 func free(t *testing.T, proto flow.Proto, at netip.Addr) netip.AddrPort {
 	t.Helper()
-	f, a := bound(t, proto, at)
-	f.Close()
-	return a
+	if proto == flow.UDP {
+		f, a := bound(t, proto, at)
+		f.Close()
+		return a
+	}
+	family, sa := unix.AF_INET6, unix.Sockaddr(&unix.SockaddrInet6{Addr: at.As16()})
+	if at.Is4() {
+		family, sa = unix.AF_INET, &unix.SockaddrInet4{Addr: at.As4()}
+	}
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Bind(fd, sa); err != nil {
+		missing(t, err.Error())
+	}
+	sa, err = unix.Getsockname(fd)
+	switch sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrPortFrom(at, uint16(sa.Port))
+	case *unix.SockaddrInet6:
+		return netip.AddrPortFrom(at, uint16(sa.Port))
+	}
+	t.Fatal(err)
+	return netip.AddrPort{}
 }
 
 // echo is a container: a server on loopback, until the test ends.
@@ -306,14 +334,14 @@ func says(t *testing.T, proto flow.Proto, to netip.AddrPort, text string) string
 	return string(b)
 }
 
-// eventually polls until ok, for at most ten seconds.
+// eventually polls until ok, for at most 30 seconds.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
-	for deadline := time.Now().Add(10 * time.Second); !ok(); <-tick.C {
+	for deadline := time.Now().Add(30 * time.Second); !ok(); <-tick.C {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 10 s: %s", what)
+			t.Fatalf("not within 30 s: %s", what)
 		}
 	}
 }
@@ -340,10 +368,12 @@ func TestContract(t *testing.T) {
 func testContract(t *testing.T, proto flow.Proto, at netip.Addr, passed bool, signal os.Signal) {
 	h := newHost(t)
 	container := echo(t, proto, at)
-	f, listen := bound(t, proto, at)
-	if !passed {
-		f.Close()
-		f = nil
+	var f *os.File
+	var listen netip.AddrPort
+	if passed {
+		f, listen = bound(t, proto, at)
+	} else {
+		listen = free(t, proto, at)
 	}
 	p := run(t, h.path, f, words(proto, listen, container)...)
 	if p.status != "0\n" {
