@@ -170,10 +170,17 @@ func lockRoot(root string) (unlock func(), err error) {
 		if err := privateDir(root); err != nil {
 			return nil, err
 		}
-		f, err := os.OpenFile(root, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // removed with the last engine, between the two calls
+		unlock, err := lockDir(root)
+		if !errors.Is(err, fs.ErrNotExist) { // removed with the last engine, between the two calls
+			return unlock, err
 		}
+	}
+}
+
+// lockDir locks a root that is there.
+func lockDir(root string) (unlock func(), err error) {
+	for {
+		f, err := os.OpenFile(root, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 		if err != nil {
 			return nil, err
 		}
@@ -257,7 +264,11 @@ func enginesIn(root string) ([]string, error) {
 // starting daemon may mistake for an owner's only if it asks at the same moment; hence
 // the root's lock.
 func locked(path string) bool {
-	unlock, err := lockRoot(filepath.Dir(filepath.Dir(path)))
+	root := filepath.Dir(filepath.Dir(path))
+	if checkPrivate(root) != nil {
+		return false
+	}
+	unlock, err := lockDir(root)
 	if err != nil {
 		return false
 	}

@@ -35,6 +35,17 @@ func TestStateDirLife(t *testing.T) {
 	}
 }
 
+// A look at an engine that has just ended leaves nothing.
+func TestStateDirLook(t *testing.T) {
+	root := filepath.Join(t.TempDir(), "slipway")
+	if locked(filepath.Join(root, "a", "lock")) {
+		t.Error("it is running")
+	}
+	if _, err := os.Lstat(root); !os.IsNotExist(err) {
+		t.Errorf("root is made: %v", err)
+	}
+}
+
 // A daemon that was killed leaves its directory; the lock is gone with it, and that of the
 // guest with the agent.
 func TestStateDirStale(t *testing.T) {
