@@ -146,8 +146,8 @@ func (l *Loop) Close() {
 	}
 	l.closed = true
 	l.posted = append(l.posted, func() { l.quit = true })
-	l.mu.Unlock()
 	l.signal()
+	l.mu.Unlock()
 	<-l.done
 	unix.Close(l.epoll)
 	unix.Close(l.wake)
@@ -157,14 +157,11 @@ func (l *Loop) Close() {
 // not called, after Close.
 func (l *Loop) Post(f func()) bool {
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	if l.closed {
-		l.mu.Unlock()
 		return false
 	}
-	l.posted = append(l.posted, f)
-	first := len(l.posted) == 1
-	l.mu.Unlock()
-	if first {
+	if l.posted = append(l.posted, f); len(l.posted) == 1 {
 		l.signal()
 	}
 	return true
@@ -187,7 +184,8 @@ func (l *Loop) Do(f func()) bool {
 // Inside reports whether the caller runs on the thread.
 func (l *Loop) Inside() bool { return int32(unix.Gettid()) == l.tid.Load() }
 
-// signal wakes the thread.
+// signal wakes the thread. The caller must hold mu, as wake is closed after that and its
+// number may be another's.
 func (l *Loop) signal() {
 	var one [8]byte
 	binary.NativeEndian.PutUint64(one[:], 1)
@@ -288,6 +286,7 @@ func (l *Loop) run() {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	l.tid.Store(int32(unix.Gettid()))
+	defer l.tid.Store(0) // the thread goes on with other goroutines
 	var again []Ref
 	for !l.quit {
 		n := l.wait()

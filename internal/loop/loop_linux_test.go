@@ -1,6 +1,8 @@
 package loop
 
 import (
+	"encoding/binary"
+	"math"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -10,6 +12,9 @@ import (
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// patience is how long tests wait for what must come.
+const patience = 20 * time.Second
 
 func newLoop(t *testing.T) *Loop {
 	t.Helper()
@@ -49,7 +54,7 @@ func TestHandlerIsCalledPerEdge(t *testing.T) {
 			if ev&Readable == 0 {
 				t.Fatalf("events %#x", ev)
 			}
-		case <-time.After(5 * time.Second):
+		case <-time.After(patience):
 			t.Fatal("the handler was not called")
 		}
 	}
@@ -75,7 +80,7 @@ func TestAgainLetsOthersHaveTheirTurn(t *testing.T) {
 	if at := <-other; at > 2 {
 		t.Errorf("the other had its turn after %d calls", at)
 	}
-	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 		var n int
 		l.Do(func() { n = greedy })
 		if n == 1000 {
@@ -116,8 +121,9 @@ func TestForgottenInTheSameBatch(t *testing.T) {
 		unix.Write(w1, []byte{1})
 		unix.Write(w2, []byte{1})
 	})
-	time.Sleep(20 * time.Millisecond)
-	l.Do(func() {})
+	for range 2 { // the events are there, and come with the first or before it
+		l.Do(func() {})
+	}
 	if n := wrong.Load(); n != 0 {
 		t.Errorf("%d calls for a descriptor that was removed", n)
 	}
@@ -166,4 +172,51 @@ func TestSpinEnds(t *testing.T) {
 	if used := after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano(); used > int64(50*time.Millisecond) {
 		t.Errorf("an idle loop used %v in 200 ms", time.Duration(used))
 	}
+}
+
+// The thread goes on with others' goroutines when the loop has ended.
+func TestNobodyIsInsideAfterwards(t *testing.T) {
+	l, err := New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan bool)
+	go func() {
+		l.run()
+		ended <- l.Inside()
+	}()
+	l.Close()
+	if <-ended {
+		t.Error("the loop has ended, and somebody is inside")
+	}
+}
+
+// Close must not close what Post still writes to, whose number may be another's then.
+func TestPostSignalsBeforeClose(t *testing.T) {
+	l, err := New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Post waits in write(2): there is no room.
+	unix.SetNonblock(l.wake, false)
+	var full [8]byte
+	binary.NativeEndian.PutUint64(full[:], math.MaxUint64-1)
+	unix.Write(l.wake, full[:])
+	posted := make(chan bool)
+	go func() { posted <- l.Post(func() {}) }()
+	for end := time.Now().Add(200 * time.Millisecond); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if l.mu.TryLock() {
+			n := len(l.posted)
+			l.mu.Unlock()
+			if n > 0 {
+				t.Error("Close may go on before Post has signalled")
+				break
+			}
+		}
+	}
+	unix.Read(l.wake, full[:])
+	<-posted
+	unix.SetNonblock(l.wake, true)
+	l.Start()
+	l.Close()
 }
