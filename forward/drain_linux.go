@@ -8,19 +8,20 @@ import (
 
 // A reset discards what the kernel still has to send (SO_LINGER 0). So a side that is to
 // be reset behind data is looked at until its peer has acknowledged everything, or takes
-// no more.
+// no more. That takes an acknowledgement's time, up to 300 ms from the other side of the
+// world, and is counted in looks: a machine that stands still does so for the peer, too.
 const (
-	drainLook  = 2 * time.Millisecond  // between two looks
-	drainStill = 50 * time.Millisecond // without an acknowledgement: the peer does not read
-	drainMost  = 5 * time.Second       // for a peer that reads slowly
+	drainLook  = 2 * time.Millisecond // between two looks
+	drainStill = 150                  // looks without an acknowledgement: the peer does not read
+	drainMost  = 5 * time.Second      // for a peer that reads slowly
 )
 
 // drain is the wait of a pair for leg, whose other side was reset.
 type drain struct {
 	pair  *pair
 	leg   *leg
-	left  int       // what was unsent at the last look
-	since time.Time // when that changed last
+	left  int // what was unsent at the last look
+	still int // looks since that has changed
 	until time.Time
 	timer *time.Timer
 }
@@ -31,12 +32,11 @@ func (d *drain) look() {
 	if p.pump(p.other(d.leg), d.leg); p.over {
 		return
 	}
-	now := time.Now()
 	left := d.unsent()
 	if left != d.left {
-		d.left, d.since = left, now
+		d.left, d.still = left, 0
 	}
-	if left == 0 || now.Sub(d.since) > drainStill || now.After(d.until) || p.s.closed {
+	if left == 0 || d.still > drainStill || time.Now().After(d.until) || p.s.closed {
 		p.abort()
 		return
 	}
@@ -45,6 +45,7 @@ func (d *drain) look() {
 			p.s.loop.Post(func() {
 				if !p.over {
 					d.timer = nil
+					d.still++
 					d.look()
 				}
 			})

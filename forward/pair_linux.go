@@ -123,7 +123,11 @@ func (l *leg) Ready(events uint32) bool {
 	}
 	p := l.pair
 	if p.last != nil {
-		p.last.look()
+		if l.failed && l == p.last.leg {
+			p.abort()
+		} else {
+			p.last.look()
+		}
 		return false
 	}
 	o := p.other(l)
@@ -219,7 +223,7 @@ func (p *pair) copy(src, dst *leg) bool {
 	case errno == unix.EAGAIN, errno == unix.EINTR:
 		m = 0
 	case errno != 0:
-		p.abort()
+		p.broken(dst)
 		return false
 	}
 	if m > 0 {
@@ -318,7 +322,7 @@ func (p *pair) flush(src, dst *leg) bool {
 			return false
 		case errno == unix.EINTR:
 		case errno != 0:
-			p.abort()
+			p.broken(dst)
 			return false
 		default:
 			p.counter(src).Add(n)
@@ -362,8 +366,19 @@ func (p *pair) passEnd(dst *leg) {
 		return
 	}
 	if rawShutdown(dst.fd) != 0 {
-		p.abort() // it was reset meanwhile
+		p.broken(dst)
 	}
+}
+
+// broken is what follows from a write that found dst reset. What dst sent before may be
+// unread, and goes to the other side first.
+func (p *pair) broken(dst *leg) {
+	if p.last != nil { // and dst was to hear of the other's
+		p.abort()
+		return
+	}
+	dst.readable, dst.ended = true, true
+	p.reset(p.other(dst))
 }
 
 // abort resets both sides.
@@ -384,7 +399,7 @@ func (p *pair) reset(dst *leg) {
 	}
 	src := p.other(dst)
 	lingerNone(src.fd)
-	p.last = &drain{pair: p, leg: dst, since: time.Now(), until: time.Now().Add(drainMost)}
+	p.last = &drain{pair: p, leg: dst, until: time.Now().Add(drainMost)}
 	p.last.look()
 }
 

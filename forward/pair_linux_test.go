@@ -118,7 +118,7 @@ func newPairing(t *testing.T, size segments) *pairing {
 	j.guest, guest = loopbackPair(t, size)
 	j.host, host = loopbackPair(t, size)
 	l.Do(func() { s.Join(guest, flow.Verdict{Host: &heldHost{fd: host}, Flow: j.flow}) })
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	j.guest.SetDeadline(deadline)
 	j.host.SetDeadline(deadline)
 	return j
@@ -127,14 +127,11 @@ func newPairing(t *testing.T, size segments) *pairing {
 // waitClosed waits until the pair is over.
 func (j *pairing) waitClosed() {
 	j.t.Helper()
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+	waitFor(j.t, "the pair is over", func() bool {
 		n := -1
 		j.loop.Do(func() { n = len(j.sockets.pairs) })
-		if n == 0 {
-			return
-		}
-	}
-	j.t.Fatal("the pair is not over")
+		return n == 0
+	})
 }
 
 func TestPairCarriesBothWays(t *testing.T) { eachSegments(t, pairCarriesBothWays) }
@@ -216,19 +213,20 @@ var pattern = func() []byte {
 	return b
 }()
 
-// fill writes pattern to c until it blocks.
-func fill(t *testing.T, c *net.TCPConn) (n int) {
-	t.Helper()
-	b := pattern
+// fill writes pattern to c until it blocks: nothing is taken for a while in which the loop
+// has had its turn.
+func (j *pairing) fill(c *net.TCPConn) (n int) {
+	j.t.Helper()
 	for {
+		j.loop.Do(func() {})
 		c.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
-		m, err := c.Write(b)
+		m, err := c.Write(pattern[n%len(pattern):])
 		n += m
-		if errors.Is(err, os.ErrDeadlineExceeded) {
+		if errors.Is(err, os.ErrDeadlineExceeded) && m == 0 {
 			return n
 		}
-		if err != nil {
-			t.Fatal(err)
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			j.t.Fatal(err)
 		}
 	}
 }
@@ -236,12 +234,11 @@ func fill(t *testing.T, c *net.TCPConn) (n int) {
 func TestPairNoticesResetWhileBlocked(t *testing.T) {
 	eachSegments(t, func(t *testing.T, size segments) {
 		j := newPairing(t, size)
-		fill(t, j.guest)
-		fill(t, j.host)
+		j.fill(j.guest)
+		j.fill(j.host)
 		j.host.SetLinger(0)
 		j.host.Close()
 		j.waitClosed()
-		j.guest.SetReadDeadline(time.Now().Add(5 * time.Second))
 		for {
 			if _, err := j.guest.Read(make([]byte, 1<<20)); err != nil {
 				if !errors.Is(err, syscall.ECONNRESET) {
@@ -256,7 +253,7 @@ func TestPairNoticesResetWhileBlocked(t *testing.T) {
 func TestPairHoldsBack(t *testing.T) {
 	eachSegments(t, func(t *testing.T, size segments) {
 		j := newPairing(t, size)
-		sent := fill(t, j.guest)
+		sent := j.fill(j.guest)
 		if n, pipes := j.kept(); n > readMost || pipes > 1 {
 			t.Errorf("a blocked flow holds %d bytes and %d pipes", n, pipes)
 		}
@@ -270,7 +267,7 @@ func TestPairBlocksAreBounded(t *testing.T) {
 	j := newPairing(t, largeSegments)
 	j.loop.Do(func() { j.sockets.blocks.kept += maxBlocks })
 	defer j.loop.Do(func() { j.sockets.blocks.kept -= maxBlocks })
-	sent := fill(t, j.guest)
+	sent := j.fill(j.guest)
 	if n, pipes := j.kept(); n > 0 || pipes != 1 {
 		t.Errorf("a blocked flow holds %d bytes and %d pipes", n, pipes)
 	}
@@ -344,4 +341,47 @@ func TestPairResetBehindData(t *testing.T) {
 		}
 		j.waitClosed()
 	}
+}
+
+// TestPairUploadRefused: the answer arrives also where a write meets the reset before a read.
+func TestPairUploadRefused(t *testing.T) {
+	eachSegments(t, func(t *testing.T, size segments) {
+		for range 20 {
+			j := newPairing(t, size)
+			answer := bytes.Repeat([]byte("too large"), 1000)
+			go refuseUpload(j.host, answer)
+			if got := upload(j.guest); !bytes.Equal(got, answer) {
+				t.Fatalf("%d of %d bytes of the answer arrived", len(got), len(answer))
+			}
+			j.waitClosed()
+		}
+	})
+}
+
+// TestPairResetWaitsForAcknowledgements: a peer that acknowledges nothing for longer than 50 ms,
+// as one that is far away, gets what was sent before the reset.
+func TestPairResetWaitsForAcknowledgements(t *testing.T) {
+	j := newPairing(t, largeSegments)
+	j.guest.SetReadBuffer(64 << 10) // which does not hold all of it
+	b := make([]byte, 1<<20)
+	rand.Read(b)
+	if _, err := j.host.Write(b); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "all is acknowledged", func() bool { return j.flow.ToGuest.Bytes.Load() == uint64(len(b)) })
+	j.host.SetLinger(0)
+	j.host.Close()
+	const away = int(50*time.Millisecond/drainLook) + 5
+	waitFor(t, "the wait is long enough", func() (long bool) {
+		j.loop.Do(func() {
+			for p := range j.sockets.pairs {
+				long = p.last != nil && p.last.still >= away
+			}
+		})
+		return long
+	})
+	if got, err := io.ReadAll(j.guest); !bytes.Equal(got, b) || !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("read %d of %d bytes, then %v", len(got), len(b), err)
+	}
+	j.waitClosed()
 }

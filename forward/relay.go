@@ -23,17 +23,34 @@ import (
 // A FIN is passed on as a half close and ends that direction only (RFC 9293 section
 // 3.6); the other may go on for as long as it likes. A reset, or any other error,
 // ends both directions with a reset of both sides: a guest must not see an orderly
-// end of something that was cut off. What was read before a reset is delivered first.
+// end of something that was cut off. What was sent before a reset is delivered first, also
+// where it is a write that meets the reset.
 // When both directions have ended in order both sides are closed.
 //
 // Counters are kept here, in the flow's entry, and not by wrapping connections.
 
 // relay is one running pair.
 type relay struct {
-	guest, host flow.Conn
-	flow        *flow.Flow
-	resetting   atomic.Bool // one side was reset, and the other hears of it soon
-	aborted     atomic.Bool
+	guest, host     flow.Conn
+	flow            *flow.Flow
+	toHost, toGuest direction
+	resetting       atomic.Bool // one side was reset, and the other hears of it soon
+	aborted         atomic.Bool
+}
+
+// direction is one of a relay's two.
+type direction struct {
+	dst, src flow.Conn
+	count    *flow.Counter
+	ended    atomic.Bool
+}
+
+func newRelay(guest, host flow.Conn, fl *flow.Flow) *relay {
+	return &relay{
+		guest: guest, host: host, flow: fl,
+		toHost:  direction{dst: host, src: guest, count: &fl.ToHost},
+		toGuest: direction{dst: guest, src: host, count: &fl.ToGuest},
+	}
 }
 
 // abort resets both sides and so ends both directions.
@@ -46,9 +63,12 @@ func (r *relay) abort() {
 const (
 	// resetLook is how often a side that is to be reset is looked at.
 	resetLook = 2 * time.Millisecond
-	// resetMost is how long it may take to acknowledge what was written before: a
-	// side that does not read must hear of the reset, too.
-	resetMost = 500 * time.Millisecond
+	// resetMost is how many looks it may take to acknowledge what was written before, half a
+	// second: a side that does not read must hear of the reset, too. A machine that stands
+	// still does not look.
+	resetMost = 250
+	// resetStill is how many looks what was sent before a reset may stay where it is.
+	resetStill = 100
 )
 
 // reset passes the reset of one side on to the other, dst, behind what was written to
@@ -64,15 +84,22 @@ func (r *relay) reset(dst flow.Conn) {
 	} else {
 		r.host.Abort()
 	}
-	for end := time.Now().Add(resetMost); !dst.Drained() && !r.aborted.Load() && time.Now().Before(end); {
+	for look := 0; look < resetMost && !dst.Drained() && !r.aborted.Load(); look++ {
 		time.Sleep(resetLook)
 	}
 	time.Sleep(resetLook) // for the last segment
 }
 
-// fail ends both directions because something could not be written, unless reset is
-// about to do it.
-func (r *relay) fail() {
+// fail ends both directions because one side takes no more. back brings what that has sent
+// before, meets the reset behind it, and passes it on, unless its other side does not read.
+func (r *relay) fail(back *direction) {
+	passed := back.count.Packets.Load()
+	for still := 0; still < resetStill && !back.ended.Load() && !r.resetting.Load() && !r.aborted.Load(); still++ {
+		if n := back.count.Packets.Load(); n != passed {
+			passed, still = n, 0
+		}
+		time.Sleep(resetLook)
+	}
 	if !r.resetting.Load() {
 		r.abort()
 	}
@@ -80,7 +107,7 @@ func (r *relay) fail() {
 
 // Relay joins guest with v.Host until both have ended, or ctx does, and closes both.
 func (f *Forwarder) Relay(ctx context.Context, guest flow.Conn, v flow.Verdict) {
-	r := &relay{guest: guest, host: v.Host, flow: v.Flow}
+	r := newRelay(guest, v.Host, v.Flow)
 	defer f.close(r.flow)
 	if !opened(v.Host) || !f.begin(r) {
 		r.abort()
@@ -90,8 +117,8 @@ func (f *Forwarder) Relay(ctx context.Context, guest flow.Conn, v flow.Verdict) 
 	defer context.AfterFunc(ctx, r.abort)()
 
 	var back sync.WaitGroup
-	back.Go(func() { r.pump(r.guest, r.host, &r.flow.ToGuest, &f.pool) })
-	r.pump(r.host, r.guest, &r.flow.ToHost, &f.pool)
+	back.Go(func() { r.pump(&r.toGuest, &r.toHost, &f.pool) })
+	r.pump(&r.toHost, &r.toGuest, &f.pool)
 	back.Wait()
 	r.host.Close()
 	r.guest.Close() // last, for it may wait
@@ -125,28 +152,29 @@ func (f *Forwarder) end(r *relay) {
 	}
 }
 
-// pump carries one direction to its end.
-func (r *relay) pump(dst, src flow.Conn, count *flow.Counter, pool *flow.BufPool) {
+// pump carries one direction to its end; back is the other.
+func (r *relay) pump(d, back *direction, pool *flow.BufPool) {
+	defer d.ended.Store(true)
 	for {
-		buf, err := src.ReadBuf(pool)
+		buf, err := d.src.ReadBuf(pool)
 		if errors.Is(err, io.EOF) {
 			r.flow.SetState(flow.HalfOpen)
-			if dst.CloseWrite() != nil {
-				r.fail() // the other side was reset meanwhile
+			if d.dst.CloseWrite() != nil {
+				r.fail(back) // the other side was reset meanwhile
 			}
 			return
 		}
 		if err != nil {
-			r.reset(dst)
+			r.reset(d.dst)
 			return
 		}
-		n, err := dst.Write(buf.Bytes)
+		n, err := d.dst.Write(buf.Bytes)
 		pool.Put(buf)
 		if n > 0 {
-			count.Add(n)
+			d.count.Add(n)
 		}
 		if err != nil {
-			r.fail()
+			r.fail(back)
 			return
 		}
 	}

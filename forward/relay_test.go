@@ -161,6 +161,37 @@ func TestRelayReset(t *testing.T) {
 	}
 }
 
+// refuseUpload reads a little of what comes, answers, and closes with the rest unread: a
+// reset right behind the answer.
+func refuseUpload(server *net.TCPConn, answer []byte) {
+	io.ReadFull(server, make([]byte, 100<<10))
+	server.Write(answer)
+	server.Close()
+}
+
+// upload writes until that fails, and returns what there is to read then.
+func upload(client *net.TCPConn) []byte {
+	for b := make([]byte, 32<<10); ; {
+		if _, err := client.Write(b); err != nil {
+			got, _ := io.ReadAll(client) // the write may have taken the error
+			return got
+		}
+	}
+}
+
+// The answer arrives also where a write meets the reset before a read.
+func TestRelayUploadRefused(t *testing.T) {
+	for range 50 {
+		j := join(t, t.Context())
+		answer := bytes.Repeat([]byte("too large"), 1000)
+		go refuseUpload(j.target, answer)
+		if got := upload(j.guest); !bytes.Equal(got, answer) {
+			t.Fatalf("%d of %d bytes of the answer arrived", len(got), len(answer))
+		}
+		j.wait(t)
+	}
+}
+
 // A reader that does not read holds its writer back: what lies between is bounded.
 func TestRelayBackPressure(t *testing.T) {
 	j := join(t, t.Context())
