@@ -20,7 +20,7 @@ func TestHostConnResetSeenByWrite(t *testing.T) {
 	defer c.Close()
 	peer.SetLinger(0)
 	peer.Close()
-	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 		if _, err := c.Write([]byte("x")); err != nil {
 			break
 		}
@@ -50,7 +50,7 @@ func TestHostConnEnd(t *testing.T) {
 		}
 		peer.CloseWrite()
 		if first { // both have ended: the socket is over
-			for end := time.Now().Add(5 * time.Second); !isClosed(uintptr(fd)); time.Sleep(time.Millisecond) {
+			for end := time.Now().Add(patience); !isClosed(uintptr(fd)); time.Sleep(time.Millisecond) {
 				if time.Now().After(end) {
 					t.Fatal("the socket is not over")
 				}

@@ -145,16 +145,16 @@ func publishTCP(t *testing.T, onLoop bool, listen string, in Inbound, doors Door
 		if p.s != nil && len(p.s.inbound)+len(p.s.ports)+len(p.s.pairs) != 0 {
 			t.Errorf("left on the loop: %d dials, %d ports, %d pairs", len(p.s.inbound), len(p.s.ports), len(p.s.pairs))
 		}
-		waitFor(t, "all descriptors are closed", func() bool { return countFDs(t) <= before })
+		wantFDs(t, before)
 	})
 	return p
 }
 
-func waitFor(t *testing.T, what string, ok func() bool) {
+func waitFor(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(5 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {
+	for end := time.Now().Add(patience); !ok(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("not within 5 s: %s", what)
+			t.Fatalf("not within %v: %s", patience, what)
 		}
 	}
 }
@@ -612,10 +612,10 @@ func TestInboundEnters(t *testing.T) {
 	fails := func(err error) func(int, netip.AddrPort, netip.AddrPort) error {
 		return func(int, netip.AddrPort, netip.AddrPort) error { return err }
 	}
-	serve := func(t *testing.T, enter func(int, netip.AddrPort, netip.AddrPort) error, slow bool) (*published, *hostDoors) {
+	serve := func(t *testing.T, enter func(int, netip.AddrPort, netip.AddrPort) error, slow bool, tune ...func(*Forwarder)) (*published, *hostDoors) {
 		doors := &hostDoors{enter: enter, slow: slow}
 		doors.testDoors = *dockerDoors(true)
-		p := publishTCP(t, true, "198.51.100.7:0", in, doors, func(f *Forwarder) { f.in.patience = time.Second })
+		p := publishTCP(t, true, "198.51.100.7:0", in, doors, tune...)
 		p.s.loop.Do(func() { doors.post = p.s.loop.Post })
 		return p, doors
 	}
@@ -667,7 +667,7 @@ func TestInboundEnters(t *testing.T) {
 		}
 	}
 	for name, err := range map[string]error{"refused": syscall.ECONNREFUSED, "silent": errNever} {
-		p, doors := serve(t, fails(err), false)
+		p, doors := serve(t, fails(err), false, func(f *Forwarder) { f.in.patience = time.Second })
 		p.wantReset()
 		if n := doors.left.Load(); p.refused.Load() != 1 || n != 0 && err != errNever || n != 1 && err == errNever || len(doors.dials) != 0 {
 			t.Errorf("%s: %d refused, %d cancelled, dialled %q", name, p.refused.Load(), n, doors.dials)

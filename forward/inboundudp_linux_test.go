@@ -49,11 +49,7 @@ func eachUDPWay(t *testing.T, f func(t *testing.T, p *udpPublisher)) {
 	for _, looped := range []bool{false, true} {
 		t.Run(fmt.Sprintf("loop=%v", looped), func(t *testing.T) {
 			before := countFDs(t)
-			t.Cleanup(func() {
-				if after := countFDs(t); after > before {
-					t.Errorf("%d file descriptors before, %d after", before, after)
-				}
-			})
+			t.Cleanup(func() { wantFDs(t, before) })
 			g := newFakeGuest()
 			p := &udpPublisher{New(Config{
 				Guest: g, Table: table.New(), Policy: NewPolicy(hostPolicy()), Log: slog.New(slog.DiscardHandler),

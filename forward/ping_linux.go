@@ -163,8 +163,7 @@ func (s *icmpSender) sendMessage(msg []byte, to netip.Addr) error {
 	if err == nil {
 		return nil
 	}
-	unix.GetsockoptInt(s.fd.fd, unix.SOL_SOCKET, unix.SO_ERROR)
-	if err = sendMsg(s.fd.fd, msg, nil, sa); err == nil {
+	if err = s.fd.sendAgain(msg, nil, sa); err == nil {
 		return nil
 	}
 	if isFull(err) {
@@ -264,7 +263,7 @@ func receiveICMP(s *icmpSender, poll *poller, events uint32, rx *recvBatch,
 	defer s.fd.done()
 	hadError := events&unix.EPOLLERR != 0
 	if hadError {
-		drainErrors(s.fd.fd, failed)
+		s.fd.drainErrors(failed)
 	}
 	for range readyBatches {
 		n, err := rx.recv(s.fd.fd)

@@ -62,7 +62,7 @@ func connected(t *testing.T) (flow.Conn, *net.TCPConn) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	far.SetDeadline(time.Now().Add(20 * time.Second))
+	far.SetDeadline(time.Now().Add(time.Minute))
 	return c, far
 }
 
@@ -70,7 +70,7 @@ func (j *joined) wait(t *testing.T) {
 	t.Helper()
 	select {
 	case <-j.done:
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("the relay did not end")
 	}
 }

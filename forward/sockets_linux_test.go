@@ -54,7 +54,7 @@ func begin(t *testing.T, s *Sockets, port uint16) flow.Verdict {
 	select {
 	case v := <-got:
 		return v
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("no verdict")
 		return flow.Verdict{}
 	}
@@ -86,7 +86,7 @@ func TestBeginConnects(t *testing.T) {
 	s.loop.Do(func() { s.Join(fd, v) })
 	io.WriteString(guest, "hello")
 	guest.CloseWrite()
-	server.SetDeadline(time.Now().Add(5 * time.Second))
+	server.SetDeadline(time.Now().Add(patience))
 	if b, err := io.ReadAll(server); string(b) != "hello" || err != nil {
 		t.Errorf("the server read %q, %v", b, err)
 	}
@@ -129,13 +129,19 @@ func fullListener(t *testing.T) (port uint16) {
 	}
 	sa, _ := unix.Getsockname(fd)
 	port = uint16(sa.(*unix.SockaddrInet4).Port)
-	for range 2 {
-		c, err := net.DialTimeout("tcp", netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port).String(), 200*time.Millisecond)
-		if err != nil {
-			return port
-		}
-		t.Cleanup(func() { c.Close() })
+	at := netip.AddrPortFrom(loopback4, port).String()
+	c, err := net.Dial("tcp", at) // takes the only place
+	if err != nil {
+		t.Fatal(err)
 	}
+	t.Cleanup(func() { c.Close() })
+	waitFor(t, "the queue is full", func() bool {
+		c, err := net.DialTimeout("tcp", at, 200*time.Millisecond)
+		if err == nil { // not yet
+			c.Close()
+		}
+		return err != nil
+	})
 	return port
 }
 
@@ -185,7 +191,7 @@ func TestHeldHostAborts(t *testing.T) {
 	}
 	defer server.Close()
 	s.f.Discard(v)
-	server.SetDeadline(time.Now().Add(5 * time.Second))
+	server.SetDeadline(time.Now().Add(patience))
 	if _, err := server.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("the server read %v instead of a reset", err)
 	}

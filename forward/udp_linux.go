@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -84,6 +85,10 @@ type sharedFD struct {
 	fd     int
 	users  atomic.Int32 // and one for not being closed
 	closed atomic.Bool
+
+	// errMu is held while an error is read off the queue, which puts the next one on the
+	// socket, and while what has met one is sent again.
+	errMu sync.Mutex
 }
 
 func (s *sharedFD) open(fd int) {
@@ -265,16 +270,14 @@ func (s *udpSender) segmentOOB(oob []byte, size int) []byte {
 // sendOne sends one message. An error that an earlier datagram left on the socket is
 // not this one's: it is taken off, and the message sent again.
 func (s *udpSender) sendOne(payload, oob []byte, train bool, sa unix.Sockaddr, to netip.AddrPort) error {
-	fd := s.fd.fd
-	err := sendMsg(fd, payload, oob, sa)
+	err := sendMsg(s.fd.fd, payload, oob, sa)
 	if err == nil {
 		return nil
 	}
 	if isFull(err) {
 		return errSocketFull
 	}
-	unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
-	if err = sendMsg(fd, payload, oob, sa); err == nil {
+	if err = s.fd.sendAgain(payload, oob, sa); err == nil {
 		return nil
 	}
 	if isFull(err) {
@@ -283,6 +286,22 @@ func (s *udpSender) sendOne(payload, oob []byte, train bool, sa unix.Sockaddr, t
 	if errors.Is(err, unix.EMSGSIZE) && !train {
 		if mtu := routeMTU(to); mtu != 0 {
 			return &tooBigError{mtu}
+		}
+	}
+	return err
+}
+
+// sendTries is how often what has met an error is sent again: others may come meanwhile.
+const sendTries = 3
+
+// sendAgain sends what has met an error, which may be an earlier one's.
+func (s *sharedFD) sendAgain(payload, oob []byte, to unix.Sockaddr) (err error) {
+	s.errMu.Lock()
+	defer s.errMu.Unlock()
+	for range sendTries {
+		unix.GetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_ERROR)
+		if err = sendMsg(s.fd, payload, oob, to); err == nil || isFull(err) {
+			break
 		}
 	}
 	return err
@@ -347,7 +366,7 @@ func (s *hostUDP) ready(events uint32, rx *recvBatch) {
 	defer s.fd.done()
 	failed := events&unix.EPOLLERR != 0
 	if failed {
-		drainErrors(s.fd.fd, s.relayError)
+		s.fd.drainErrors(s.relayError)
 	}
 	for range readyBatches {
 		n, err := rx.recv(s.fd.fd)

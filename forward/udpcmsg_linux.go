@@ -124,13 +124,15 @@ type errorRoom struct {
 
 var errorRooms = sync.Pool{New: func() any { return new(errorRoom) }}
 
-// drainErrors gives fd's ICMP errors to f, oldest first, and forgets what the host's
+// drainErrors gives s's ICMP errors to f, oldest first, and forgets what the host's
 // kernel reported by itself: the sender was told.
-func drainErrors(fd int, f func(sentError)) {
+func (s *sharedFD) drainErrors(f func(sentError)) {
 	room := errorRooms.Get().(*errorRoom)
 	defer errorRooms.Put(room)
 	for {
-		n, oobn, _, to, err := unix.Recvmsg(fd, room.quote[:], room.oob[:], unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
+		s.errMu.Lock()
+		n, oobn, _, to, err := unix.Recvmsg(s.fd, room.quote[:], room.oob[:], unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
+		s.errMu.Unlock()
 		if err == unix.EINTR {
 			continue
 		}

@@ -56,7 +56,7 @@ func (g *fakeGuest) WriteError(e flow.Error) error {
 }
 
 // patience is how long tests with real sockets wait for what must come.
-const patience = 10 * time.Second
+const patience = 20 * time.Second
 
 // take waits for one record of *list and takes it out.
 func take[T any](t *testing.T, g *fakeGuest, list *[]T) T {
