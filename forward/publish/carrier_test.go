@@ -30,7 +30,7 @@ func TestMain(m *testing.M) {
 const helperRole = "PUBLISH_TEST_ROLE"
 
 // patience is how long tests with real sockets wait for what must come.
-const patience = 10 * time.Second
+const patience = 20 * time.Second
 
 var (
 	own4 = netip.MustParseAddr("192.168.65.3")

@@ -68,10 +68,10 @@ func serveGuest(t *testing.T, g *stack.Stack, at netip.AddrPort) <-chan netip.Ad
 	return callers
 }
 
-// dialGuestFrom dials within 5 s.
+// dialGuestFrom dials with patience.
 func dialGuestFrom(t *testing.T, b *bench, from, to netip.AddrPort) (flow.Conn, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	return b.Dial(ctx, from, to)
 }
@@ -203,9 +203,11 @@ func TestDialLimit(t *testing.T) {
 	for i := range 3 {
 		all.Go(func() { b.Dial(ctx, netip.AddrPortFrom(target4, uint16(1000+i)), clients[0].guest) })
 	}
-	for range 3 {
-		b.receive() // a SYN
-	}
+	waitFor(t, "three dials", func() bool {
+		b.out.mu.Lock()
+		defer b.out.mu.Unlock()
+		return b.out.n == 3
+	})
 	if _, err := b.Dial(ctx, clients[0].client, clients[0].guest); !errors.Is(err, syscall.EAGAIN) {
 		t.Errorf("a fourth dial = %v, want EAGAIN", err)
 	}
@@ -307,7 +309,7 @@ func TestDialReset(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.Write([]byte("unread"))
-	guest.SetReadDeadline(time.Now().Add(5 * time.Second))
+	guest.SetReadDeadline(time.Now().Add(patience))
 	guest.Read(make([]byte, 1))
 	guest.Close() // with data unread: a RST
 	next(t, told)

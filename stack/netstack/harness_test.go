@@ -26,6 +26,9 @@ var (
 	target6 = netip.MustParseAddr("2001:db8::7")
 )
 
+// patience is how long tests wait for what must come.
+const patience = 20 * time.Second
+
 // recorder is a Forwarder that keeps what it is given.
 type recorder struct {
 	decide    func(context.Context, flow.Tuple) flow.Verdict
@@ -140,9 +143,9 @@ func (b *bench) receive() ([]byte, link.Header) {
 			b.t.Fatal(r.err)
 		}
 		return r.pkt, r.h
-	case <-time.After(5 * time.Second):
+	case <-time.After(patience):
 		b.guest.Close()
-		b.t.Fatal("no packet within 5 s")
+		b.t.Fatalf("no packet within %v", patience)
 		return nil, link.Header{}
 	}
 }
@@ -153,8 +156,8 @@ func next[T any](t *testing.T, ch <-chan T) T {
 	select {
 	case v := <-ch:
 		return v
-	case <-time.After(5 * time.Second):
-		t.Fatal("nothing within 5 s")
+	case <-time.After(patience):
+		t.Fatalf("nothing within %v", patience)
 		panic("unreachable")
 	}
 }

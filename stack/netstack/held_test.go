@@ -122,16 +122,6 @@ func startKernel(t *testing.T, k *fakeKernel) *bench {
 	return b
 }
 
-// until waits for a condition.
-func until(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(5 * time.Second); !ok(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("not within 5 s: %s", what)
-		}
-	}
-}
-
 func always(v flow.Verdict) func(flow.Tuple) (flow.Verdict, bool) {
 	return func(flow.Tuple) (flow.Verdict, bool) { return v, true }
 }
@@ -142,11 +132,11 @@ func TestKernelAnswersTheSameSYN(t *testing.T) {
 		b := startKernel(t, k)
 		pkt := syn(f.guest, f.target)
 		b.send(link.Header{}, pkt)
-		until(t, "an answer", func() bool { n, _ := k.counts(); return n == 1 })
+		waitFor(t, "an answer", func() bool { n, _ := k.counts(); return n == 1 })
 		if !bytes.Equal(k.answered[0], pkt) {
 			t.Errorf("%s: % x was given back for % x", f.name, k.answered[0], pkt)
 		}
-		until(t, "the hold's end", func() bool { return b.dials.len() == 0 })
+		waitFor(t, "the hold's end", func() bool { return b.dials.len() == 0 })
 	}
 }
 
@@ -183,8 +173,8 @@ func TestKernelRepeatedSYNIsHeldOnce(t *testing.T) {
 	for range 3 {
 		b.send(link.Header{}, syn(f.guest, f.target))
 	}
-	until(t, "a dial", func() bool { return b.dials.len() == 1 })
-	until(t, "three packets", func() bool { return b.Stats().FromGuestPackets == 3 })
+	waitFor(t, "a dial", func() bool { return b.dials.len() == 1 })
+	waitFor(t, "three packets", func() bool { return b.Stats().FromGuestPackets == 3 })
 	k.do(func() {
 		if begun != 1 {
 			t.Errorf("%d dials", begun)
@@ -195,7 +185,7 @@ func TestKernelRepeatedSYNIsHeldOnce(t *testing.T) {
 		k.mu.Unlock()
 		then(flow.Verdict{Answer: flow.Connect, Host: &stalledHost{aborted: make(chan struct{})}, Flow: new(flow.Flow)})
 	})
-	until(t, "an answer", func() bool { n, _ := k.counts(); return n == 1 })
+	waitFor(t, "an answer", func() bool { n, _ := k.counts(); return n == 1 })
 }
 
 func TestKernelGuestResetsWhileHeld(t *testing.T) {
@@ -204,9 +194,9 @@ func TestKernelGuestResetsWhileHeld(t *testing.T) {
 	b := startKernel(t, k)
 	f := families[0]
 	b.send(link.Header{}, syn(f.guest, f.target))
-	until(t, "a dial", func() bool { return b.dials.len() == 1 })
+	waitFor(t, "a dial", func() bool { return b.dials.len() == 1 })
 	b.send(link.Header{}, segment(f.guest, f.target, header.TCPFields{SeqNum: synSeq + 1, Flags: header.TCPFlagRst}))
-	until(t, "the end of the dial", func() bool { return b.dials.len() == 0 })
+	waitFor(t, "the end of the dial", func() bool { return b.dials.len() == 0 })
 	if _, n := k.counts(); n != 1 {
 		t.Errorf("cancelled %d times", n)
 	}
@@ -242,14 +232,14 @@ func TestKernelDetourGivenUp(t *testing.T) {
 	b := startKernel(t, k)
 	f := families[0]
 	b.send(link.Header{}, syn(f.guest, f.target))
-	until(t, "a detour", func() bool { return b.Stats().Detours == 1 })
+	waitFor(t, "a detour", func() bool { return b.Stats().Detours == 1 })
 	b.send(link.Header{}, segment(f.guest, f.target, header.TCPFields{SeqNum: synSeq + 1, Flags: header.TCPFlagRst}))
-	until(t, "the discarded verdict", func() bool {
+	waitFor(t, "the discarded verdict", func() bool {
 		b.fwd.mu.Lock()
 		defer b.fwd.mu.Unlock()
 		return b.fwd.discarded == 1
 	})
-	until(t, "the hold's end", func() bool { return b.dials.len() == 0 })
+	waitFor(t, "the hold's end", func() bool { return b.dials.len() == 0 })
 }
 
 func TestKernelLeavesOthersAlone(t *testing.T) {
