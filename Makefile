@@ -19,7 +19,7 @@ run: build ## build, then a guest in its own network that tries every kind of tr
 
 test: ## install what the tests need (root and apt-get) or say what is missing, then run everything
 	@test/deps.sh
-	@$(GO) test -json -count=1 -timeout 25m -skip '^TestLong' $(TESTS) | $(GO) run ./internal/tally
+	@$(GO) test -json -count=1 -timeout 45m -skip '^TestLong' $(TESTS) | $(GO) run ./internal/tally
 
 test-long: ## the tests too slow for `make test`, up to an hour
 	@test/deps.sh

@@ -71,13 +71,15 @@ if [ ! -e $policy ]; then
 fi
 
 export DEBIAN_FRONTEND=noninteractive
-install() { apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0 "${packages[@]}"; }
+# Somebody else's apt-get may be at work, and a mirror may hiccup.
+patient=(-o DPkg::Lock::Timeout=300 -o Acquire::Retries=5)
+install() { apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0 "${patient[@]}" "${packages[@]}"; }
 
 echo "test/deps.sh: installing ${packages[*]}" >&2
 log=$(mktemp)
 if ! install >"$log" 2>&1; then
 	# Perhaps the lists are old, or there are none yet.
-	if ! { apt-get update -qq && install; } >>"$log" 2>&1; then
+	if ! { apt-get update -qq "${patient[@]}" && install; } >>"$log" 2>&1; then
 		cat "$log" >&2
 		rm -f "$log"
 		echo "test/deps.sh: could not install ${packages[*]}" >&2

@@ -28,10 +28,15 @@ new=$(mktemp -d "$cache/new.XXXXXX")
 trap 'rm -rf "$new"' EXIT
 echo "test/dockerd.sh: building dockerd $version into $dir, once" >&2
 cd / # no module of ours
-if ! CGO_ENABLED=0 GOFLAGS=-mod=mod GOBIN=$new nice -n 10 go install -trimpath -ldflags '-s -w' \
-	"github.com/moby/moby/v2/cmd/dockerd@$version" >"$new/log" 2>&1; then
+build() {
+	CGO_ENABLED=0 GOFLAGS=-mod=mod GOBIN=$new nice -n 10 go install -trimpath -ldflags '-s -w' \
+		"github.com/moby/moby/v2/cmd/dockerd@$version" >"$new/log" 2>&1
+}
+for try in 1 2 3; do # the network may fail once; what is there already is not fetched again
+	! build || break
 	tail -n 5 "$new/log" >&2
-	fail "could not build dockerd $version"
-fi
+	[ $try -lt 3 ] || fail "could not build dockerd $version"
+	sleep 10
+done
 mkdir -p "$dir"
 mv "$new/dockerd" "$dir/dockerd"
