@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/slipway-net/slipway/test/topo"
+	"golang.org/x/sys/unix"
 )
 
 // user is who runs slipway: root, or an ordinary user (rootless). A test that
@@ -72,7 +73,7 @@ func finish(t testing.TB, ns *topo.NS, cmd *exec.Cmd, within time.Duration) resu
 	t.Helper()
 	var out, errOut bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut
-	cmd.WaitDelay = time.Second
+	cmd.WaitDelay = 5 * time.Second
 	if err := ns.Start(cmd); err != nil {
 		t.Fatalf("start %v: %v", cmd.Args, err)
 	}
@@ -97,19 +98,40 @@ func status(s *os.ProcessState) int {
 
 // log is a writer that many may read while it grows.
 type log struct {
-	mu  sync.Mutex
-	buf bytes.Buffer // guarded by mu
+	mu   sync.Mutex
+	buf  bytes.Buffer // guarded by mu
+	file *os.File     // in its place, after open
+}
+
+// open makes it a file, which processes write to by themselves: what one has said is in it
+// when that one has ended.
+func (l *log) open() (*os.File, error) {
+	if l.file == nil {
+		fd, err := unix.MemfdCreate("log", unix.MFD_CLOEXEC)
+		if err != nil {
+			return nil, err
+		}
+		l.file = os.NewFile(uintptr(fd), "log")
+	}
+	return l.file, nil
 }
 
 func (l *log) Write(p []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.file != nil {
+		return l.file.Write(p)
+	}
 	return l.buf.Write(p)
 }
 
 func (l *log) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.file != nil {
+		text, _ := io.ReadAll(io.NewSectionReader(l.file, 0, 1<<30))
+		return string(text)
+	}
 	return l.buf.String()
 }
 
@@ -186,8 +208,8 @@ func startEngine(t testing.TB, net *topo.Topology, o engineOptions) *engine {
 		if err != nil {
 			t.Fatalf("engine %s did not start: %v\nstderr: %s", e.name, err, e.stderr.String())
 		}
-	case <-time.After(15 * time.Second):
-		t.Fatalf("engine %s did not start within 15 s\nstderr: %s", e.name, e.stderr.String())
+	case <-time.After(60 * time.Second):
+		t.Fatalf("engine %s did not start within 60 s\nstderr: %s", e.name, e.stderr.String())
 	}
 	e.enter(t, inode)
 	if !o.noCapture {
@@ -210,8 +232,9 @@ func (e *engine) begin(t testing.TB) (io.Closer, io.ReadCloser) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e.cmd.Stderr = &e.stderr
-	e.cmd.WaitDelay = 5 * time.Second
+	if e.cmd.Stderr, err = e.stderr.open(); err != nil {
+		t.Fatal(err)
+	}
 	if err := e.net.Host.Start(e.cmd); err != nil {
 		t.Fatalf("start %v: %v", e.cmd.Args, err)
 	}
@@ -231,10 +254,13 @@ func (e *engine) enter(t testing.TB, inode uint64) {
 		if to, err := os.Readlink(l); err == nil && to == fmt.Sprintf("net:[%d]", inode) {
 			ns, err := topo.OpenNS("guest "+e.name, l)
 			if err != nil {
-				t.Fatal(err)
+				continue // it has just ended
 			}
-			e.guest = ns
-			return
+			if ns.Inode() == inode {
+				e.guest = ns
+				return
+			}
+			ns.Close()
 		}
 	}
 	t.Fatalf("engine %s: no process has namespace %d", e.name, inode)
@@ -256,8 +282,8 @@ func (e *engine) end(t testing.TB) {
 	e.stdin.Close()
 	select {
 	case <-e.done:
-	case <-time.After(10 * time.Second):
-		t.Errorf("engine %s did not end within 10 s of its command\nstderr: %s", e.name, e.stderr.String())
+	case <-time.After(15 * time.Second): // less than stop_timeout
+		t.Errorf("engine %s did not end within 15 s of its command\nstderr: %s", e.name, e.stderr.String())
 		e.cmd.Process.Kill()
 		<-e.done
 	}

@@ -20,8 +20,22 @@ import (
 // either the tests' or slipway's.
 type leftovers map[string]bool
 
-// snapshot takes the picture.
-func snapshot(t testing.TB, net *topo.Topology) leftovers {
+// snapshot takes the picture, when nobody comes or goes: what an earlier test has just ended
+// would be missing later.
+func snapshot(t testing.TB, net *topo.Topology) (l leftovers) {
+	t.Helper()
+	eventually(5*time.Second, func() bool {
+		l = picture(t, net)
+		now := make(leftovers)
+		now.processes()
+		return len(l.missingFrom(now)) == 0 && !slices.ContainsFunc(now.missingFrom(l), isProcess)
+	})
+	return l
+}
+
+func isProcess(name string) bool { return strings.HasPrefix(name, "process ") }
+
+func picture(t testing.TB, net *topo.Topology) leftovers {
 	t.Helper()
 	l := make(leftovers)
 	l.processes()
@@ -57,8 +71,8 @@ func (l leftovers) processes() {
 	dirs, _ := filepath.Glob("/proc/[0-9]*")
 	for _, d := range dirs {
 		cmdline, err := os.ReadFile(d + "/cmdline")
-		if err != nil || d == fmt.Sprintf("/proc/%d", os.Getpid()) {
-			continue
+		if err != nil || len(cmdline) == 0 || d == fmt.Sprintf("/proc/%d", os.Getpid()) {
+			continue // a zombie has no command line; it is its parent's
 		}
 		l[fmt.Sprintf("process %s: %s", d, strings.ReplaceAll(string(cmdline), "\x00", " "))] = true
 		for _, kind := range []string{"net", "mnt", "user", "pid"} {
@@ -89,12 +103,12 @@ func (l leftovers) files(root string) {
 }
 
 // compare fails the test if anything is there that the picture does not show. A
-// process that was just told to end is given a moment.
+// process that was just told to end is given some time.
 func (l leftovers) compare(t testing.TB, net *topo.Topology) {
 	t.Helper()
 	var more, less []string
-	same := eventually(3*time.Second, func() bool {
-		now := snapshot(t, net)
+	same := eventually(15*time.Second, func() bool {
+		now := picture(t, net)
 		more, less = l.missingFrom(now), now.missingFrom(l)
 		return len(more)+len(less) == 0
 	})
