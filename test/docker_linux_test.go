@@ -174,7 +174,7 @@ func startRegistry(t *testing.T, n *topo.Topology) {
 		cmd.Process.Kill()
 		cmd.Wait()
 	})
-	if !eventually(10*time.Second, func() bool { return dialError(n.Host, at(topo.Other4, 5000), time.Second) == "ok" }) {
+	if !eventually(30*time.Second, func() bool { return dialError(n.Host, at(topo.Other4, 5000), time.Second) == "ok" }) {
 		t.Fatalf("the registry does not listen:\n%s", out.String())
 	}
 }
@@ -239,7 +239,7 @@ func (d *docker) start(t *testing.T, n *topo.Topology) {
 	go io.Copy(io.Discard, out)
 	d.engine = e
 	t.Cleanup(func() { d.stop(t) })
-	if !eventually(30*time.Second, func() bool {
+	if !eventually(90*time.Second, func() bool {
 		select {
 		case <-e.done:
 			t.Fatalf("dockerd ended: %s", tail(e.stderr.String(), 4<<10))
@@ -248,7 +248,7 @@ func (d *docker) start(t *testing.T, n *topo.Topology) {
 		_, err := os.Stat(d.dir + "/sock")
 		return err == nil && d.run(context.Background(), "version") == nil
 	}) {
-		t.Fatalf("dockerd is not ready after 30 s: %s", tail(e.stderr.String(), 4<<10))
+		t.Fatalf("dockerd is not ready after 90 s: %s", tail(e.stderr.String(), 4<<10))
 	}
 	text, err := os.ReadFile(d.dir + "/pid")
 	if err != nil {
@@ -270,8 +270,8 @@ func (d *docker) stop(t *testing.T) {
 		if code := status(d.engine.state); code != 0 {
 			t.Errorf("dockerd ended with status %d: %s", code, tail(d.engine.stderr.String(), 4<<10))
 		}
-	case <-time.After(30 * time.Second):
-		t.Error("dockerd did not end within 30 s of TERM")
+	case <-time.After(60 * time.Second):
+		t.Error("dockerd did not end within 60 s of TERM")
 	}
 	// What dockerd itself leaves; on a slow machine it asks containerd for its stacks.
 	removeDockerCgroups()
@@ -302,7 +302,7 @@ func (d *docker) run(ctx context.Context, args ...string) error { return d.comma
 // must runs the client and returns what it printed; a failure is the test's.
 func (d *docker) must(t *testing.T, args ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 180*time.Second)
 	defer cancel()
 	out, err := d.command(ctx, args...).CombinedOutput()
 	if err != nil {
@@ -364,7 +364,7 @@ func (d *docker) seenInFlows(t *testing.T, image string) {
 	for _, id := range ids {
 		address := d.must(t, "inspect", "-f", "{{.NetworkSettings.IPAddress}}", id)
 		var all []flowDoc
-		if !eventually(5*time.Second, func() bool {
+		if !eventually(20*time.Second, func() bool {
 			all = readFlows(t, d.engine)
 			for _, f := range all {
 				if f.Proto == "tcp" && f.Guest.Addr().String() == address && f.Target.Addr() == topo.World4 && f.Path == d.path {

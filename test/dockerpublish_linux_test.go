@@ -128,7 +128,7 @@ func (d *docker) up(t *testing.T, n *topo.Topology) {
 			d.stop(t)
 		}
 	})
-	if !eventually(60*time.Second, func() bool {
+	if !eventually(90*time.Second, func() bool {
 		select {
 		case <-e.done:
 			t.Fatalf("slipway up ended: %s", tail(e.stderr.String(), 4<<10))
@@ -137,7 +137,7 @@ func (d *docker) up(t *testing.T, n *topo.Topology) {
 		_, err := os.Stat(d.sock)
 		return err == nil && d.run(context.Background(), "version") == nil
 	}) {
-		t.Fatalf("dockerd is not ready after 60 s: %s", tail(e.stderr.String(), 4<<10))
+		t.Fatalf("dockerd is not ready after 90 s: %s", tail(e.stderr.String(), 4<<10))
 	}
 	var inode uint64
 	if r := e.exec(t, "readlink", "/proc/self/ns/net"); r.code != 0 {
@@ -165,9 +165,16 @@ func (d *docker) inside(t *testing.T, id string) {
 	tellSource(t, ns, containerPort)
 }
 
-func (d *docker) pid(t *testing.T, id string) string {
+// pid is that of a container's process, once it runs.
+func (d *docker) pid(t *testing.T, id string) (pid string) {
 	t.Helper()
-	return d.must(t, "inspect", "-f", "{{.State.Pid}}", id)
+	if !eventually(30*time.Second, func() bool {
+		pid = d.must(t, "inspect", "-f", "{{.State.Pid}}", id)
+		return pid != "0"
+	}) {
+		t.Fatalf("container %s does not run", id)
+	}
+	return pid
 }
 
 // kill ends a container's process as its own crash would.
@@ -249,8 +256,8 @@ func TestPublishDocker(t *testing.T) {
 		}
 		select {
 		case <-d.engine.done:
-		case <-time.After(30 * time.Second):
-			t.Fatal("slipway does not end within 30 s of a killed dockerd")
+		case <-time.After(60 * time.Second):
+			t.Fatal("slipway does not end within 60 s of a killed dockerd")
 		}
 		expectListeners(t, n, "kill -9 of dockerd")
 		d.over(t)
@@ -319,7 +326,7 @@ func (d *docker) expectNames(t *testing.T, id string) {
 		time.Sleep(1100 * time.Millisecond) // what was asked for just now is asked again
 		from := time.Now()
 		r := d.engine.call(t, "ports", "ls", d.engine.name)
-		if r.code != 0 || !strings.Contains(r.stdout, "docker: "+name) || time.Since(from) > 10*time.Second {
+		if r.code != 0 || !strings.Contains(r.stdout, "docker: "+name) || time.Since(from) > 15*time.Second {
 			t.Errorf("with a stopped dockerd: status %d after %v\n%s%s", r.code, time.Since(from), r.stdout, r.stderr)
 		}
 	}
@@ -346,7 +353,7 @@ func (d *docker) dockerd(t testing.TB) int {
 func (d *docker) over(t testing.TB) {
 	t.Helper()
 	var left []string
-	if !eventually(10*time.Second, func() bool {
+	if !eventually(40*time.Second, func() bool { // stop_timeout and more
 		left = nil
 		now := make(leftovers)
 		now.processes()
@@ -619,7 +626,7 @@ http { log_format who '$remote_addr:$remote_port $status'; access_log /dev/stdou
 		if c.from.IsLoopback() {
 			want = topo.Gateway4.String() + ":"
 		}
-		if !eventually(5*time.Second, func() bool { return strings.Contains(d.must(t, "logs", id), want) }) {
+		if !eventually(20*time.Second, func() bool { return strings.Contains(d.must(t, "logs", id), want) }) {
 			t.Errorf("nginx, from %s: expected %q in\n%s", c.name, want, d.must(t, "logs", id))
 		}
 	}

@@ -85,7 +85,7 @@ func testDockerUser(t *testing.T, path string, tables iptables) {
 // expectUserRules tries what the rules say to a container.
 func expectUserRules(t *testing.T, network string, c *topo.NS, f family, later int) {
 	for port, want := range map[int]string{dropPort: silence, resetPort: refused, adminPort: "{EADMIN}", freePort: "world"} {
-		conn, said, err := greet(c, at(f.world, port+later))
+		conn, said, err := greet(c, at(f.world, port+later), patience(want))
 		if err != nil {
 			said = inWords(err)
 		} else {

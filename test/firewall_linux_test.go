@@ -15,8 +15,9 @@ import (
 // together and everything is tried at the same time; a case is tried from the namespace
 // and from a container behind a bridge, for IPv4 and IPv6.
 
-// fwPatience is how long somebody waits who is dropped.
-const fwPatience = 2500 * time.Millisecond
+// fwPatience is how long somebody waits who is dropped, and fwAnswer for an answer that has
+// to come, however busy the machine is.
+const fwPatience, fwAnswer = 2500 * time.Millisecond, 20 * time.Second
 
 // What becomes of a connection: the name of who answers, an errno as text, or one of
 // these.
@@ -45,6 +46,22 @@ type fwCase struct {
 type outcome struct{ namespace, container string }
 
 func anywhere(s string) outcome { return outcome{s, s} }
+
+// at is what becomes of somebody there.
+func (o outcome) at(p place) string {
+	if p.name == "container" {
+		return o.container
+	}
+	return o.namespace
+}
+
+// patience is how long to wait where that is to be expected.
+func patience(want string) time.Duration {
+	if strings.Contains(want, silence) {
+		return fwPatience
+	}
+	return fwAnswer
+}
 
 // fwCommon is needed by several cases: kube-proxy's way to masquerade what has a mark.
 var fwCommon = []string{
@@ -325,9 +342,6 @@ func expect(cases []fwCase, of func(fwCase) outcome) map[string]string {
 	}
 	return all
 }
-
-// names tells whether name is of the case.
-func (c fwCase) names(name string) bool { return strings.HasPrefix(name, c.name+" from ") }
 
 func fwName(name, place string, f family) string {
 	return fmt.Sprintf("%s from %s, %s", name, place, f.name)

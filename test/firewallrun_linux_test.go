@@ -96,9 +96,7 @@ func (r *fwRun) run() (s fwSaid) {
 	}
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		s.held = r.exchangeAll(func(name string) bool {
-			return slices.ContainsFunc(r.cases, func(c fwCase) bool { return c.names(name) })
-		})
+		s.held = r.exchangeAll(expect(r.cases, r.heldOutcome))
 	})
 	s.fresh = r.probeAll(r.cases)
 	wg.Wait()
@@ -109,7 +107,15 @@ func (r *fwRun) run() (s fwSaid) {
 		return s
 	}
 	s.flushed = make(map[string]string)
-	for name, now := range r.exchangeAll(func(name string) bool { return s.held[name] == goesOn }) {
+	left := make(map[string]string)
+	for name, now := range s.held {
+		if now == goesOn && r.g.kind.native {
+			left[name] = silence // see compare
+		} else if now == goesOn {
+			left[name] = goesOn
+		}
+	}
+	for name, now := range r.exchangeAll(left) {
 		s.flushed["before: "+name] = now
 	}
 	for name, now := range r.probeAll(r.cases[:1]) {
@@ -147,7 +153,7 @@ func (r *fwRun) global(s *fwSaid) error {
 		}
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			maps.Copy(s.globalHeld, r.exchangeAll(set.names))
+			maps.Copy(s.globalHeld, r.exchangeAll(expect([]fwCase{set}, r.heldOutcome)))
 		})
 		maps.Copy(s.global, r.probeAll([]fwCase{set}))
 		wg.Wait()
@@ -190,7 +196,7 @@ func (r *fwRun) hold(cases []fwCase) error {
 		if c.to != "" {
 			return ""
 		}
-		conn, name, err := greet(p.ns, at(f.world, fwPort+i))
+		conn, name, err := greet(p.ns, at(f.world, fwPort+i), fwAnswer)
 		mu.Lock()
 		defer mu.Unlock()
 		if err != nil || name != "world" {
@@ -218,15 +224,23 @@ func (g *guest) pathsOf(t testing.TB) string {
 	return strings.Join(slices.Sorted(maps.Keys(paths)), " and ")
 }
 
-// exchangeAll sends a byte over each held connection that ask names, and waits for it.
-func (r *fwRun) exchangeAll(ask func(name string) bool) map[string]string {
+// heldOutcome is what is expected of a held connection.
+func (r *fwRun) heldOutcome(c fwCase) outcome {
+	if r.g.kind.kernel() {
+		return c.onKernel()
+	}
+	return c.before()
+}
+
+// exchangeAll sends a byte over each held connection that want names, and waits for it.
+func (r *fwRun) exchangeAll(want map[string]string) map[string]string {
 	said := make(map[string]string)
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	for name, c := range r.held {
-		if ask(name) {
+		if want, ask := want[name]; ask {
 			wg.Go(func() {
-				err := exchange(c)
+				err := exchange(c, patience(want)/2)
 				mu.Lock()
 				defer mu.Unlock()
 				said[name] = goesOn
@@ -247,12 +261,13 @@ func (r *fwRun) probeAll(cases []fwCase) map[string]string {
 		if c.to != "" {
 			host, port = familyWords(f).Replace(c.to), c.port
 		}
-		conn, name, err := greet(p.ns, net.JoinHostPort(host, strconv.Itoa(port)))
+		within := patience(c.want.at(p))
+		conn, name, err := greet(p.ns, net.JoinHostPort(host, strconv.Itoa(port)), within)
 		if err != nil {
 			return inWords(err)
 		}
 		defer conn.Close()
-		if err := exchange(conn); err != nil {
+		if err := exchange(conn, within/2); err != nil {
 			return fmt.Sprintf("%s, then %s", name, inWords(err))
 		}
 		return name
@@ -260,12 +275,12 @@ func (r *fwRun) probeAll(cases []fwCase) map[string]string {
 }
 
 // greet connects and reads who answers.
-func greet(ns *topo.NS, address string) (net.Conn, string, error) {
-	c, err := ns.Dial("tcp", address, fwPatience)
+func greet(ns *topo.NS, address string, within time.Duration) (net.Conn, string, error) {
+	c, err := ns.Dial("tcp", address, within)
 	if err != nil {
 		return nil, "", err
 	}
-	c.SetDeadline(time.Now().Add(fwPatience))
+	c.SetDeadline(time.Now().Add(within))
 	name, err := bufio.NewReaderSize(c, 16).ReadString('\n')
 	if err != nil {
 		c.Close()
@@ -275,8 +290,8 @@ func greet(ns *topo.NS, address string) (net.Conn, string, error) {
 }
 
 // exchange sends a byte to an echo, which is there.
-func exchange(c net.Conn) error {
-	c.SetDeadline(time.Now().Add(fwPatience / 2))
+func exchange(c net.Conn, within time.Duration) error {
+	c.SetDeadline(time.Now().Add(within))
 	b := []byte{'x'}
 	if _, err := c.Write(b); err != nil {
 		return err

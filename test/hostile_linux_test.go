@@ -1,6 +1,7 @@
 package test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -163,21 +164,24 @@ func measureSpeed(t testing.TB, ns *topo.NS, address string) speed {
 	return s
 }
 
-// comparable fails the test when flows suffered. The flood's own work, the checksums
+// expectSpeed fails the test when flows suffer. The flood's own work, the checksums
 // and slipway share what may be two cores, so the bulk speed has to fall somewhat; a
-// fifth is what a flow that is starved does not have.
-func (s speed) comparable(t testing.TB, before speed) {
+// fifth is what a flow that is starved does not have. It may try again, as the machine
+// stalls now and then: the flood goes on.
+func expectSpeed(t testing.TB, ns *topo.NS, address string, before speed) {
 	t.Helper()
-	t.Logf("before: %.0f MB/s, connect within %v; during: %.0f MB/s, %v", before.bulk/1e6, before.connect, s.bulk/1e6, s.connect)
-	if s.bulk < before.bulk/5 {
-		t.Errorf("bulk fell from %.0f to %.0f MB/s", before.bulk/1e6, s.bulk/1e6)
+	var s speed
+	for range 4 {
+		s = measureSpeed(t, ns, address)
+		t.Logf("before: %.0f MB/s, connect within %v; now: %.0f MB/s, %v", before.bulk/1e6, before.connect, s.bulk/1e6, s.connect)
+		if s.bulk >= before.bulk/5 && s.connect <= 3*before.connect+250*time.Millisecond {
+			return
+		}
 	}
-	if s.connect > 3*before.connect+250*time.Millisecond {
-		t.Errorf("a connect took %v, before %v", s.connect, before.connect)
-	}
+	t.Errorf("bulk fell from %.0f to %.0f MB/s, or a connect took %v, before %v", before.bulk/1e6, s.bulk/1e6, s.connect, before.connect)
 }
 
-// TestSYNFlood sends 100,000 SYNs of distinct flows to a black hole: the dials are
+// TestSYNFlood sends at least 100,000 SYNs of distinct flows to a black hole: the dials are
 // bounded, the rest is counted, others keep their speed.
 func TestSYNFlood(t *testing.T) {
 	need(t, "ip", "nft")
@@ -191,24 +195,22 @@ func TestSYNFlood(t *testing.T) {
 			measureSpeed(t, g.ns, address) // warm
 			before, rss := measureSpeed(t, g.ns, address), memory(t, g.engine)
 			in := newInjector(t, g.ns, "slipway0")
-			done := make(chan struct{})
-			go func() {
-				defer close(done)
-				t.Logf("the flood took %v", flood(in, 100_000))
-			}()
-			during := measureSpeed(t, g.ns, address)
-			<-done
-			during.comparable(t, before)
-			if n := countSockets(t, g.net.Host, tcpSynSent); n > 4096 {
-				t.Errorf("%d dials under way in host, the limit is 4096", n)
+			const least = 100_000
+			enough, sent := make(chan struct{}), make(chan int, 1)
+			go func() { sent <- flood(in, least, enough) }()
+			expectSpeed(t, g.ns, address, before)
+			close(enough)
+			n := <-sent
+			if dials := countSockets(t, g.net.Host, tcpSynSent); dials > 4096 {
+				t.Errorf("%d dials under way in host, the limit is 4096", dials)
 			}
 			if now := memory(t, g.engine); now > rss+128<<20 {
 				t.Errorf("memory grew from %d to %d MiB", rss>>20, now>>20)
 			}
-			measureSpeed(t, g.ns, address).comparable(t, before)
+			expectSpeed(t, g.ns, address, before)
 			// A flood that slipway did not count did not reach it.
-			if n := counted(t, g.engine, "tcp.cancelled", "dial_limit"); n < 90_000 {
-				t.Errorf("of 100,000 SYNs %d are in the counters: %v", n, counters(t, g.engine))
+			if seen := counted(t, g.engine, "tcp.cancelled", "dial_limit"); seen < int64(n)/10*9 {
+				t.Errorf("of %d SYNs %d are in the counters: %v", n, seen, counters(t, g.engine))
 			}
 		})
 	}
@@ -219,15 +221,18 @@ func TestSYNFlood(t *testing.T) {
 // everybody in the guest before slipway sees them.
 const floodRate = 20_000
 
-// flood sends n SYNs from many addresses of a container network to a black hole. It
-// returns how long that took.
-func flood(in *injector, n int) time.Duration {
+// flood sends SYNs from many addresses of a container network to a black hole: least of them,
+// and more until it is enough. It returns how many.
+func flood(in *injector, least int, enough <-chan struct{}) (i int) {
 	const burst = 50
-	start := time.Now()
 	tick := time.NewTicker(burst * time.Second / floodRate)
 	defer tick.Stop()
-	for i := 0; i < n; {
-		<-tick.C
+	for over := false; i < least || !over; {
+		select {
+		case <-enough:
+			over, enough = true, nil
+		case <-tick.C:
+		}
 		for range burst {
 			src := netip.AddrPortFrom(netip.AddrFrom4([4]byte{172, 17, byte(i >> 8), byte(i)}), uint16(1024+i>>4&0x7fff))
 			p := tcp(src, netip.AddrPortFrom(topo.BlackHole4, uint16(1+i%60000)), syn, uint32(i))
@@ -237,7 +242,7 @@ func flood(in *injector, n int) time.Duration {
 			i++
 		}
 	}
-	return time.Since(start)
+	return i
 }
 
 // TestOneGreedyGuest: one address cannot use up the dials of the others.
@@ -258,13 +263,27 @@ func TestOneGreedyGuest(t *testing.T) {
 			return n
 		}
 		dials(2, 2*limit)
-		first := pending(share * 3 / 4)
-		if first > share || first < share/2 {
-			t.Errorf("one container has %d dials under way, its share is at most %d", first, share)
-		}
-		dials(3, 250)
-		if n := pending(first + 250); n < first+250 {
-			t.Errorf("with a second container %d dials are under way, before %d", n, first)
+		// Nobody repeats these SYNs, so slipway forgets them after 3 s: a machine that stalls
+		// may need another try.
+		for try := 1; ; try++ {
+			dials(2, 2*limit)
+			first := pending(share * 3 / 4)
+			if first > share || first < share/2 && try == 4 {
+				t.Errorf("one container has %d dials under way, its share is at most %d", first, share)
+			}
+			dials(3, 250)
+			n := pending(first + 250)
+			if first >= share/2 && n >= first+250 {
+				break
+			}
+			if try == 4 {
+				t.Errorf("with a second container %d dials are under way, before %d", n, first)
+				break
+			}
+			t.Logf("with a second container %d dials are under way, before %d: again", n, first)
+			if !eventually(30*time.Second, func() bool { return countSockets(t, g.net.Host, tcpSynSent) == 0 }) {
+				t.Fatal("dials go on for 30 s")
+			}
 		}
 		if err := transfer(g.ns, address, 1000, 1000); err != nil {
 			t.Errorf("a third: %v", err)
@@ -298,21 +317,32 @@ func TestBlackHoleDials(t *testing.T) {
 			address := transferServer(t, g.net.World, families[0])
 			measureSpeed(t, g.ns, address) // warm
 			before := measureSpeed(t, g.ns, address)
+			ctx, giveUp := context.WithCancel(t.Context())
+			defer giveUp()
 			var dials sync.WaitGroup
 			for i := range 1000 {
 				dials.Go(func() {
-					if s := dialError(g.ns, at(topo.BlackHole4, 1+i), 5*time.Second); s != "silence" {
-						t.Errorf("the black hole says %q", s)
+					err := g.ns.Do(func() error {
+						_, err := new(net.Dialer).DialContext(ctx, "tcp", at(topo.BlackHole4, 1+i))
+						return err
+					})
+					if ctx.Err() == nil {
+						t.Errorf("the black hole says %v", err)
 					}
 				})
 			}
-			eventually(3*time.Second, func() bool { return countSockets(t, g.net.Host, tcpSynSent) >= 1000 })
-			measureSpeed(t, g.ns, address).comparable(t, before)
-			if n := countSockets(t, g.net.Host, tcpSynSent); n < 900 {
-				t.Errorf("only %d of 1,000 dials were made", n)
+			expectDials := func() {
+				n := 0
+				if !eventually(15*time.Second, func() bool { n = countSockets(t, g.net.Host, tcpSynSent); return n >= 900 }) {
+					t.Errorf("only %d of 1,000 dials are under way", n)
+				}
 			}
+			expectDials()
+			expectSpeed(t, g.ns, address, before)
+			expectDials()
+			giveUp()
 			dials.Wait()
-			if !eventually(20*time.Second, func() bool { return countSockets(t, g.net.Host, tcpSynSent) == 0 }) {
+			if !eventually(60*time.Second, func() bool { return countSockets(t, g.net.Host, tcpSynSent) == 0 }) {
 				t.Error("dials go on after everybody gave up")
 			}
 		})

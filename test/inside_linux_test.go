@@ -63,7 +63,7 @@ func testStaysInside(t *testing.T, r *fwRun) {
 	for _, p := range r.b.places() {
 		for _, f := range families {
 			for _, a := range insideAddresses(f, p) {
-				c, name, err := greet(p.ns, at(a.Addr(), int(a.Port())))
+				c, name, err := greet(p.ns, at(a.Addr(), int(a.Port())), fwAnswer)
 				if err != nil {
 					t.Errorf("from %s to %v: %v", p.name, a, err)
 					continue
@@ -158,7 +158,7 @@ func TestOwnListener(t *testing.T) {
 			}
 			for _, l := range listeners {
 				for _, p := range b.places() {
-					if s := dialError(p.ns, l.String(), fwPatience); s != refused {
+					if s := dialError(p.ns, l.String(), fwAnswer); s != refused {
 						t.Errorf("%v from %s: %s", l, p.name, s)
 					}
 				}
@@ -211,7 +211,7 @@ func dialMarked(ns *topo.NS, to netip.AddrPort) string {
 			return err
 		}
 		defer c.Close()
-		return exchange(c)
+		return exchange(c, fwPatience/2)
 	})
 	if err != nil {
 		return inWords(err)
@@ -263,7 +263,10 @@ func TestRulesBeforeStart(t *testing.T) {
 				if err := r.g.ns.Sysctl("net.ipv4.conf.all.rp_filter", later); err != nil {
 					t.Fatal(err)
 				}
-				all := func(string) bool { return true }
+				all := make(map[string]string)
+				for name := range r.held {
+					all[name] = goesOn
+				}
 				for name, now := range r.exchangeAll(all) {
 					if now != goesOn {
 						t.Errorf("rp_filter %s was set, %s: %s", later, name, now)

@@ -23,13 +23,13 @@ func TestDaemonKilled(t *testing.T) {
 		before := snapshot(t, n)
 		killedDaemon(t, n, u, name, "sleep 1000 & echo $$; wait")
 		var more []string
-		if !eventually(10*time.Second, func() bool {
-			more = withoutState(before.missingFrom(snapshot(t, n)), u, name)
+		if !eventually(15*time.Second, func() bool {
+			more = withoutState(before.missingFrom(picture(t, n)), u, name)
 			return len(more) == 0
 		}) {
 			t.Errorf("after kill -9 of the daemon:\n%s", strings.Join(more, "\n"))
 		}
-		if r := finish(t, n.Host, u.slipway("run", "--name", name, "--", "true"), 10*time.Second); r.code != 0 {
+		if r := finish(t, n.Host, u.slipway("run", "--name", name, "--", "true"), 30*time.Second); r.code != 0 {
 			t.Errorf("next start: status %d: %s", r.code, r.stderr)
 		}
 		before.compare(t, n)
@@ -41,12 +41,12 @@ func TestDaemonKilled(t *testing.T) {
 func TestDaemonKilledGuestEnds(t *testing.T) {
 	eachUser(t, func(t *testing.T, n *topo.Topology, u user) {
 		name := newName()
-		pid := killedDaemon(t, n, u, name, "trap 'sleep 2; exit' TERM; echo $$; while :; do sleep 0.1; done")
+		pid := killedDaemon(t, n, u, name, "trap 'sleep 4; exit' TERM; echo $$; while :; do sleep 0.1; done")
 		gone := fmt.Sprintf("test ! -d /proc/%d", pid)
 		if err := exec.Command("sh", "-c", gone).Run(); err == nil {
 			t.Error("the guest has ended already: this shows nothing")
 		}
-		if r := finish(t, n.Host, u.slipway("run", "--name", name, "--", "sh", "-c", gone), 15*time.Second); r.code != 0 {
+		if r := finish(t, n.Host, u.slipway("run", "--name", name, "--", "sh", "-c", gone), 30*time.Second); r.code != 0 {
 			t.Errorf("next start: status %d: %s", r.code, r.stderr)
 		}
 	})
@@ -74,14 +74,14 @@ func TestSignalEndsWaiting(t *testing.T) {
 				if err := n.Host.Start(cmd); err != nil {
 					t.Fatal(err)
 				}
-				time.AfterFunc(10*time.Second, func() { cmd.Process.Kill() })
-				if !eventually(5*time.Second, func() bool { return strings.Contains(errOut.String(), "has not ended yet") }) {
+				defer time.AfterFunc(30*time.Second, func() { cmd.Process.Kill() }).Stop()
+				if !eventually(15*time.Second, func() bool { return strings.Contains(errOut.String(), "has not ended yet") }) {
 					t.Errorf("it does not wait: %s", errOut.String())
 				}
 				start := time.Now()
 				cmd.Process.Signal(sig)
 				cmd.Wait()
-				if got, took := status(cmd.ProcessState), time.Since(start); got != code || took > 2*time.Second {
+				if got, took := status(cmd.ProcessState), time.Since(start); got != code || took > 5*time.Second {
 					t.Errorf("status %d, expected %d, after %v: %s", got, code, took, errOut.String())
 				}
 			})
@@ -129,7 +129,7 @@ func TestOrphans(t *testing.T) {
 			args = append(args, "--", "sh", "-c", "setsid sleep 1000 >/dev/null 2>&1 & (setsid sh -c 'sleep 1000 & sleep 1000' >/dev/null 2>&1 &)")
 			start := time.Now()
 			r := finish(t, n.Host, u.slipway(args...), 30*time.Second)
-			if r.code != 0 || time.Since(start) > 10*time.Second {
+			if r.code != 0 || time.Since(start) > 15*time.Second { // less than stop_timeout
 				t.Errorf("%v: status %d after %v: %s", flags, r.code, time.Since(start), r.stderr)
 			}
 		}
@@ -245,11 +245,11 @@ func testAttach(t *testing.T, n *topo.Topology, u user, by string) {
 	}
 	done := make(chan struct{})
 	go func() { cmd.Wait(); close(done) }()
-	served := eventually(10*time.Second, func() bool { return transfer(guest, address, 1000, 1000) == nil })
+	served := eventually(30*time.Second, func() bool { return transfer(guest, address, 1000, 1000) == nil })
 	if !served {
-		t.Errorf("the namespace is not served within 10 s: %s", errOut.String())
+		t.Errorf("the namespace is not served within 30 s: %s", errOut.String())
 	}
-	if r := finish(t, n.Host, u.slipway("status", name), 5*time.Second); r.code != 0 {
+	if r := finish(t, n.Host, u.slipway("status", name), 30*time.Second); r.code != 0 {
 		t.Errorf("status: %s", r.stderr)
 	}
 	guest.Close()
@@ -260,7 +260,7 @@ func testAttach(t *testing.T, n *topo.Topology, u user, by string) {
 		if code := status(cmd.ProcessState); code != 0 {
 			t.Errorf("attach ended with status %d: %s", code, errOut.String())
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(15 * time.Second):
 		t.Errorf("attach did not end with its namespace: %s", errOut.String())
 		cmd.Process.Kill()
 		<-done
@@ -304,7 +304,7 @@ func TestResolvConf(t *testing.T) {
 					writeResolvConf()
 					defer os.Remove("/etc/resolv.conf")
 				}
-				if !eventually(2*time.Second, func() bool { return ownResolvConf(t, e) == "" }) {
+				if !eventually(10*time.Second, func() bool { return ownResolvConf(t, e) == "" }) {
 					t.Errorf("at the start: %s", ownResolvConf(t, e))
 				}
 				if kind == "file" {
@@ -314,7 +314,7 @@ func TestResolvConf(t *testing.T) {
 					if err := os.Rename(next, "/etc/resolv.conf"); err != nil {
 						t.Fatal(err)
 					}
-					if !eventually(5*time.Second, func() bool { return ownResolvConf(t, e) == "" }) {
+					if !eventually(10*time.Second, func() bool { return ownResolvConf(t, e) == "" }) {
 						t.Errorf("the host's file was replaced: %s", ownResolvConf(t, e))
 					}
 					writeResolvConf()
@@ -346,11 +346,10 @@ func TestHostWithoutIPv6(t *testing.T) {
 		t.Cleanup(func() { n.Host.IP("route add default via " + topo.Router6.String() + "\n") })
 		serve(t, n.World, at(topo.World4, 80), func(c *net.TCPConn) { c.Close() })
 		e := startEngine(t, n, engineOptions{user: u})
-		start := time.Now()
-		if s := dialError(e.guest, at(topo.World6, 80), 3*time.Second); s == "ok" || s == "silence" || time.Since(start) > time.Second {
-			t.Errorf("IPv6: %s after %v", s, time.Since(start))
+		if s, took := dialPromptly(e.guest, at(topo.World6, 80), time.Second); s == "ok" || s == "silence" || took > time.Second {
+			t.Errorf("IPv6: %s after %v", s, took)
 		}
-		if s := dialError(e.guest, at(topo.World4, 80), 3*time.Second); s != "ok" {
+		if s := dialError(e.guest, at(topo.World4, 80), 10*time.Second); s != "ok" {
 			t.Errorf("IPv4: %s", s)
 		}
 	})

@@ -193,7 +193,7 @@ func settled(t testing.TB, e *engine, start *holding) holding {
 	t.Helper()
 	const few, pipeEnds = 4, 4
 	var h, last holding
-	ok := eventually(15*time.Second, func() bool {
+	ok := eventually(30*time.Second, func() bool {
 		last, h = h, holdings(t, e)
 		switch {
 		case h.flows != 0:
@@ -284,16 +284,19 @@ func noDescriptors(t *testing.T, g *guest, limit int) {
 	}
 	t.Logf("%d flows with %d descriptors", len(h.conns), limit)
 	expectFailed(t, g.engine) // it keeps some for those who ask what is the matter
-	before := cpuTime(t, pid)
+	over := make(chan struct{})
 	go func() { // somebody knocks meanwhile
-		for range 5 {
-			dialError(g.ns, h.addresses[0], 200*time.Millisecond)
+		for range 20 {
+			select {
+			case <-over:
+				return
+			default:
+				dialError(g.ns, h.addresses[0], 200*time.Millisecond)
+			}
 		}
 	}()
-	time.Sleep(time.Second)
-	if used := cpuTime(t, pid) - before; used > 300*time.Millisecond {
-		t.Errorf("%v of processor time in one second of want", used)
-	}
+	expectIdle(t, pid)
+	close(over)
 	for _, c := range h.conns {
 		roundTrip(t, c)
 	}
@@ -308,6 +311,21 @@ func noDescriptors(t *testing.T, g *guest, limit int) {
 	for _, c := range h.conns {
 		roundTrip(t, c)
 	}
+}
+
+// expectIdle wants a process in want to use little of a second of processor time, in one of
+// four: what it did before may not be over.
+func expectIdle(t testing.TB, pid int) {
+	t.Helper()
+	var used time.Duration
+	for range 4 {
+		before := cpuTime(t, pid)
+		time.Sleep(time.Second)
+		if used = cpuTime(t, pid) - before; used <= 300*time.Millisecond {
+			return
+		}
+	}
+	t.Errorf("%v of processor time in one second of want", used)
 }
 
 // expectFailed wants the dials that failed to have been counted.
@@ -447,9 +465,9 @@ func TestPortsAgain(t *testing.T) {
 		},
 	}
 	eachGuest(t, func(t *testing.T, g *guest) {
-		rounds := 10
+		rounds, within := 10, 10*time.Second
 		if g.kind.path == "netstack" {
-			rounds = 2 // each takes a repeated SYN, 1 s
+			rounds, within = 2, 2*time.Second // each takes a repeated SYN, 1 s
 		}
 		eachFamily(t, func(t *testing.T, f family) {
 			for name, end := range ways {
@@ -462,12 +480,12 @@ func TestPortsAgain(t *testing.T) {
 				for i := range rounds {
 					var err error
 					try := func() bool {
-						err = portOnce(g.ns, local, a.String(), end)
+						err = portOnce(g.ns, local, a.String(), within, end)
 						return err == nil
 					}
 					// The port is busy until the guest's last FIN is acknowledged, and
 					// netstack needs a moment to forget.
-					for deadline := time.Now().Add(3 * time.Second); !try() && time.Now().Before(deadline); {
+					for deadline := time.Now().Add(15 * time.Second); !try() && time.Now().Before(deadline); {
 						busy := errors.Is(err, unix.EADDRNOTAVAIL)
 						forgetful := errors.Is(err, unix.ECONNREFUSED) || os.IsTimeout(err)
 						if !busy && !(g.kind.path == "netstack" && forgetful) {
@@ -486,12 +504,12 @@ func TestPortsAgain(t *testing.T) {
 }
 
 // portOnce has one connection from a port of the guest.
-func portOnce(ns *topo.NS, local, address string, end func(c *net.TCPConn, guest bool)) error {
+func portOnce(ns *topo.NS, local, address string, within time.Duration, end func(c *net.TCPConn, guest bool)) error {
 	from, err := net.ResolveTCPAddr("tcp", local)
 	if err != nil {
 		return err
 	}
-	d := net.Dialer{Timeout: 2 * time.Second, LocalAddr: from, Control: func(_, _ string, c syscall.RawConn) (err error) {
+	d := net.Dialer{Timeout: within, LocalAddr: from, Control: func(_, _ string, c syscall.RawConn) (err error) {
 		cerr := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
 		return errors.Join(err, cerr)
 	}}
@@ -504,7 +522,7 @@ func portOnce(ns *topo.NS, local, address string, end func(c *net.TCPConn, guest
 		return err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(5 * time.Second))
+	c.SetDeadline(time.Now().Add(15 * time.Second))
 	if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
 		return err
 	}

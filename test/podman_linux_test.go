@@ -147,7 +147,7 @@ func (p *podman) seenInFlows(t testing.TB, k kind) {
 	id := p.must(t, "run", "-d", "-i", "--network", "podman", podmanImage, "/bin/busybox", "nc", topo.World4.String(), "7")
 	address := p.must(t, "inspect", "-f", "{{.NetworkSettings.IPAddress}}", id)
 	var all []flowDoc
-	if !eventually(5*time.Second, func() bool {
+	if !eventually(20*time.Second, func() bool {
 		all = readFlows(t, p.engine)
 		return slices.ContainsFunc(all, func(f flowDoc) bool {
 			return f.Proto == "tcp" && f.Guest.Addr().String() == address && f.Target.Addr() == topo.World4 && f.Path == k.path

@@ -125,7 +125,7 @@ func expectListenersIn(t testing.TB, ns *topo.NS, when string, want ...[]string)
 	t.Helper()
 	all := slices.Sorted(slices.Values(slices.Concat(want...)))
 	var now []string
-	if !eventually(20*time.Second, func() bool {
+	if !eventually(60*time.Second, func() bool {
 		now = listeners(t, ns)
 		return slices.Equal(now, all)
 	}) {

@@ -365,9 +365,6 @@ func TestPublishPrivileged(t *testing.T) {
 	})
 }
 
-// autoReading is how often the guest's sockets are read.
-const autoReading = 500 * time.Millisecond
-
 // TestPublishAuto: what listens in the guest beyond its loopback is published, for as
 // long as it does.
 func TestPublishAuto(t *testing.T) {
@@ -403,11 +400,17 @@ func TestPublishAuto(t *testing.T) {
 		expectListeners(t, n, "one listens", taken, onAll("tcp", 18081), onAll("udp", 18081))
 		t.Run("of_somebody_else", func(t *testing.T) {
 			e.publish(t, "127.0.0.1:18084:18084", "127.0.0.1:18084:18084/udp")
+			asked := []string{"tcp 127.0.0.1:18084", "udp 127.0.0.1:18084"}
+			others := [][]string{taken, onAll("tcp", 18081), onAll("udp", 18081)}
 			tellSource(t, e.guest, 18084)
-			time.Sleep(3 * autoReading) // it is seen
+			// What is opened later is published later: then the first has been seen.
+			tellSource(t, e.guest, 18085)
+			others = append(others, onAll("tcp", 18085), onAll("udp", 18085))
+			expectListeners(t, n, "of somebody else", append(others, asked)...)
 			e.withdraw(t, "127.0.0.1:18084:18084", "127.0.0.1:18084:18084/udp")
-			time.Sleep(3 * autoReading)
-			expectListeners(t, n, "withdrawn", taken, onAll("tcp", 18081), onAll("udp", 18081))
+			tellSource(t, e.guest, 18086)
+			others = append(others, onAll("tcp", 18086), onAll("udp", 18086))
+			expectListeners(t, n, "withdrawn", others...)
 		})
 	})
 }

@@ -41,8 +41,8 @@ func (d *outsideDocker) start(t *testing.T) {
 	if err := d.space.Start(d.cmd); err != nil {
 		t.Fatal(err)
 	}
-	if !eventually(60*time.Second, func() bool { return d.run(context.Background(), "version") == nil }) {
-		t.Fatalf("dockerd is not ready after 60 s: %s", tail(d.out.String(), 4<<10))
+	if !eventually(90*time.Second, func() bool { return d.run(context.Background(), "version") == nil }) {
+		t.Fatalf("dockerd is not ready after 90 s: %s", tail(d.out.String(), 4<<10))
 	}
 }
 

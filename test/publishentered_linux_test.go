@@ -194,7 +194,7 @@ func (p *publishable) comeAgain(t *testing.T, f family, own, port int, kept bool
 
 // dialAgain dials from another machine, as soon as it lets us have the port again.
 func (p *publishable) dialAgain(from, to string) (c net.Conn, err error) {
-	eventually(5*time.Second, func() bool {
+	eventually(15*time.Second, func() bool {
 		c, err = p.net.World.DialFrom("tcp", from, to)
 		return !errors.Is(err, syscall.EADDRINUSE)
 	})

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/slipway-net/slipway/test/topo"
 	"golang.org/x/sys/unix"
@@ -53,7 +54,8 @@ func TestPublishInherited(t *testing.T) {
 		tellSource(t, e.guest, enginePort)
 		expectListeners(t, n, "inherited", []string{"tcp 127.0.0.1:80"})
 		reach(t, n, "tcp", 80)
-		if pids := holders(t, socket.Ino); len(pids) != 1 {
+		var pids []string
+		if !eventually(10*time.Second, func() bool { pids = holders(t, socket.Ino); return len(pids) == 1 }) {
 			t.Errorf("processes %v have the socket, want slipway alone", pids)
 		}
 		if r := e.exec(t, "sh", "-c", "echo $LISTEN_FDS$LISTEN_PID; ls /proc/self/fd"); strings.TrimSpace(strings.Split(r.stdout, "\n")[0]) != "" {

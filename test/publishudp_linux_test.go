@@ -109,7 +109,7 @@ func TestPublishUDPUnreachable(t *testing.T) {
 		}
 		wg.Wait()
 		for _, port := range []uint16{18083, 18084} {
-			if !eventually(5*time.Second, func() bool { return portAt(t, p.engine, int(port)).Counters.Refused > 0 }) {
+			if !eventually(15*time.Second, func() bool { return portAt(t, p.engine, int(port)).Counters.Refused > 0 }) {
 				t.Errorf("counters of %d: %+v", port, portAt(t, p.engine, int(port)).Counters)
 			}
 		}

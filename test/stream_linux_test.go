@@ -113,7 +113,7 @@ func dial(t testing.TB, ns *topo.NS, a *net.TCPAddr) *net.TCPConn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(15 * time.Second))
+	c.SetDeadline(time.Now().Add(30 * time.Second))
 	return c.(*net.TCPConn)
 }
 
@@ -138,8 +138,8 @@ func receive[T any](t testing.TB, ch <-chan T) T {
 	select {
 	case v := <-ch:
 		return v
-	case <-time.After(15 * time.Second):
-		t.Fatal("no message from the other side within 15 s")
+	case <-time.After(30 * time.Second):
+		t.Fatal("no message from the other side within 30 s")
 	}
 	panic("unreachable")
 }

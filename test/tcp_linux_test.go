@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -28,6 +29,22 @@ func dialError(ns *topo.NS, address string, patience time.Duration) string {
 		return errno.Error()
 	}
 	return err.Error()
+}
+
+// dialPromptly is dialError, and how long it took: the quickest of some tries, until one takes
+// less than most. A busy machine stalls now and then; what waits for something always does.
+func dialPromptly(ns *topo.NS, address string, most time.Duration) (s string, took time.Duration) {
+	for try := range 4 {
+		start := time.Now()
+		s = dialError(ns, address, 10*time.Second)
+		if now := time.Since(start); try == 0 || now < took {
+			took = now
+		}
+		if took < most {
+			break
+		}
+	}
+	return s, took
 }
 
 // TestTransfer moves streams of many sizes each way alone and both ways at once.
@@ -130,7 +147,7 @@ func TestReset(t *testing.T) {
 					a := serve(t, g.net.World, at(f.world, 0), func(c *net.TCPConn) {
 						defer c.Close()
 						c.Write([]byte("x"))
-						c.SetDeadline(time.Now().Add(10 * time.Second))
+						c.SetDeadline(time.Now().Add(25 * time.Second))
 						_, err := io.Copy(io.Discard, c)
 						end <- err
 					})
@@ -211,14 +228,19 @@ func TestSlowWriter(t *testing.T) {
 // TestGuestGivesUp ends a dial that the guest does not wait for any more.
 func TestGuestGivesUp(t *testing.T) {
 	eachEngineAtOnce(t, func(t *testing.T, g *guest) {
+		var wg sync.WaitGroup
 		for _, address := range []string{at(topo.BlackHole4, 80), at(topo.BlackHole6, 80)} {
-			if s := dialError(g.ns, address, 1500*time.Millisecond); s != "silence" {
-				t.Fatalf("%s: %s", address, s)
-			}
+			wg.Go(func() {
+				if s := dialError(g.ns, address, 1500*time.Millisecond); s != "silence" {
+					t.Errorf("%s: %s", address, s)
+				}
+			})
 		}
-		if n := countSockets(t, g.net.Host, tcpSynSent); n != 2 {
+		n := 0
+		if !eventually(5*time.Second, func() bool { n = countSockets(t, g.net.Host, tcpSynSent); return n == 2 }) {
 			t.Errorf("%d dials under way in host, expected 2", n)
 		}
+		wg.Wait()
 		// DESIGN section 3: after twice the next expected retransmission, which
 		// is 2 s after the one at 1 s, and at least 3 s.
 		if !eventually(15*time.Second, func() bool { return countSockets(t, g.net.Host, tcpSynSent) == 0 }) {

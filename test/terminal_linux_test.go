@@ -62,7 +62,7 @@ func (term *terminal) types(s string) { term.file.WriteString(s) }
 // expect waits for text after what was expected before.
 func (term *terminal) expect(text string) {
 	term.t.Helper()
-	if !eventually(8*time.Second, func() bool {
+	if !eventually(20*time.Second, func() bool {
 		i := strings.Index(term.out.String()[term.seen:], text)
 		if i >= 0 {
 			term.seen += i + len(text)
@@ -158,7 +158,7 @@ func TestJobControl(t *testing.T) {
 func waitForeground(t testing.TB, args ...string) {
 	t.Helper()
 	want := strings.Join(args, "\x00") + "\x00"
-	if !eventually(5*time.Second, func() bool {
+	if !eventually(20*time.Second, func() bool {
 		all, _ := filepath.Glob("/proc/[0-9]*")
 		for _, dir := range all {
 			if cmdline, err := os.ReadFile(dir + "/cmdline"); err != nil || string(cmdline) != want {

@@ -91,7 +91,12 @@ func TestDatagramSizes(t *testing.T) {
 			target, _ := echoUDP(t, g.net.World, at(f.world, 0))
 			c := guestUDP(t, g, f)
 			for _, n := range []int{1, 0, 1200, 1452, 1453, 1472, 1473, 9000, 65507} {
-				if err := ask(t, c, target, pattern(n)); err != nil {
+				err := ask(t, c, target, pattern(n))
+				for try := 1; isTimeout(err) && try < 3; try++ { // on a busy machine one may get lost
+					c = guestUDP(t, g, f)
+					err = ask(t, c, target, pattern(n))
+				}
+				if err != nil {
 					t.Errorf("%d bytes: %v", n, err)
 				}
 			}
@@ -131,23 +136,30 @@ func TestFilter(t *testing.T) {
 				t.Fatal(err)
 			}
 			mapped := receive(t, from)
-			for _, peer := range []struct {
-				name string
-				a    netip.Addr
-				want bool
-			}{{"stranger", f.other, false}, {"same address, another port", f.world, true}} {
-				s, err := g.net.World.ListenUDP(at(peer.a, 0))
+			var peers []*net.UDPConn
+			for _, a := range []netip.Addr{f.other, f.world} {
+				s, err := g.net.World.ListenUDP(at(a, 0))
 				if err != nil {
 					t.Fatal(err)
 				}
 				defer s.Close()
-				s.WriteToUDPAddrPort([]byte(peer.name), mapped)
-				c.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+				peers = append(peers, s)
+			}
+			// What passes comes after what must not, by the same socket: no need to wait for
+			// silence.
+			err := errors.New("not sent")
+			for try := 0; try < 3 && err != nil; try++ {
+				peers[0].WriteToUDPAddrPort([]byte("a stranger"), mapped)
+				peers[1].WriteToUDPAddrPort([]byte("same address, another port"), mapped)
+				c.SetReadDeadline(time.Now().Add(5 * time.Second))
 				buf := make([]byte, 100)
-				n, _, err := c.ReadFromUDPAddrPort(buf)
-				if got := err == nil && string(buf[:n]) == peer.name; got != peer.want {
-					t.Errorf("from %s: passed %v, expected %v (%v)", peer.name, got, peer.want, err)
+				var n int
+				if n, _, err = c.ReadFromUDPAddrPort(buf); err == nil && string(buf[:n]) != "same address, another port" {
+					t.Errorf("%s passed", buf[:n])
 				}
+			}
+			if err != nil {
+				t.Errorf("from the same address, another port: %v", err)
 			}
 		})
 	})
@@ -157,15 +169,8 @@ func TestFilter(t *testing.T) {
 func TestPortUnreachable(t *testing.T) {
 	eachGuest(t, func(t *testing.T, g *guest) {
 		eachFamily(t, func(t *testing.T, f family) {
-			c, err := g.ns.Dial("udp", at(f.world, 9), time.Second)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer c.Close()
-			c.Write([]byte("anybody?"))
-			c.SetReadDeadline(time.Now().Add(3 * time.Second))
-			if _, err := c.Read(make([]byte, 10)); !errors.Is(err, syscall.ECONNREFUSED) {
-				t.Errorf("read says %v", err)
+			if err := (client{ns: g.ns, from: anyOf(f)}).knock(netip.AddrPortFrom(f.world, 9), syscall.ECONNREFUSED); err != nil {
+				t.Error(err)
 			}
 		})
 	})
@@ -226,7 +231,7 @@ func TestPathMTU(t *testing.T) {
 			defer c.Close()
 			setDontFragment(t, c.(*net.UDPConn), f)
 			big := make([]byte, 1420)
-			learned := eventually(5*time.Second, func() bool {
+			learned := eventually(15*time.Second, func() bool {
 				_, err := c.Write(big)
 				return errors.Is(err, syscall.EMSGSIZE)
 			})
@@ -235,7 +240,7 @@ func TestPathMTU(t *testing.T) {
 			}
 			fits := make([]byte, narrow-48)
 			// The news of the narrow hop may still be pending on the socket.
-			if !eventually(3*time.Second, func() bool {
+			if !eventually(15*time.Second, func() bool {
 				if _, err := c.Write(fits); err != nil {
 					return false
 				}
@@ -305,7 +310,7 @@ func TestSegmentedSend(t *testing.T) {
 			buf := make([]byte, 64<<10)
 			for i := range count + 1 {
 				want := data[i*size : min((i+1)*size, len(data))]
-				s.SetReadDeadline(time.Now().Add(3 * time.Second))
+				s.SetReadDeadline(time.Now().Add(10 * time.Second))
 				n, _, err := s.ReadFromUDPAddrPort(buf)
 				if err != nil || !bytes.Equal(buf[:n], want) {
 					t.Fatalf("datagram %d: %d bytes of %d, %v", i, n, len(want), err)

@@ -41,23 +41,26 @@ func TestHarness(t *testing.T) {
 			missing(t, err)
 		}
 	}
-	page := filepath.Join(t.TempDir(), "page.md")
-	cmd := exec.Command(os.Args[0], "-quick", "-repeat", "1", "-time", "100ms", "-drivers", "native,native-bridge,routed",
-		"-rows", "crr,crr6,rr,udp,start,idle,idle+active,pub-crr,pub-far-crr", "-out", page)
-	cmd.Env = append(os.Environ(), "SLIPBENCH_TEST=1")
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Fatalf("%v: %s", err, out)
+	var out, text []byte
+	for range 3 { // a datagram has 200 ms, and a busy machine stalls now and then
+		page := filepath.Join(t.TempDir(), "page.md")
+		cmd := exec.Command(os.Args[0], "-quick", "-repeat", "1", "-time", "100ms", "-drivers", "native,native-bridge,routed",
+			"-rows", "crr,crr6,rr,udp,start,idle,idle+active,pub-crr,pub-far-crr", "-out", page)
+		cmd.Env = append(os.Environ(), "SLIPBENCH_TEST=1")
+		var err error
+		if out, err = cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		if text, err = os.ReadFile(page); err != nil {
+			t.Fatal(err)
+		}
+		// The three tables with their heads; there are no goals without slipway.
+		const lines = (2 + 18) + (2 + 10) + (2 + 4)
+		if !strings.Contains(string(text), "not measured") && strings.Count(string(text), "\n| ") >= lines {
+			return
+		}
 	}
-	text, err := os.ReadFile(page)
-	if err != nil {
-		t.Fatal(err)
-	}
-	// The three tables with their heads; there are no goals without slipway.
-	const lines = (2 + 18) + (2 + 10) + (2 + 4)
-	if strings.Contains(string(text), "not measured") || strings.Count(string(text), "\n| ") < lines {
-		t.Errorf("incomplete page:\n%s\n%s", text, out)
-	}
+	t.Errorf("incomplete page:\n%s\n%s", text, out)
 }
 
 // hearSilence sends datagrams to a socket that never answers.
@@ -73,7 +76,7 @@ func hearSilence() error {
 	if err != nil {
 		return err
 	}
-	o := order{Target: netip.MustParseAddr("127.0.0.1"), Port: uint16(name.(*unix.SockaddrInet4).Port), Seconds: 0.5}
+	o := order{Target: netip.MustParseAddr("127.0.0.1"), Port: uint16(name.(*unix.SockaddrInet4).Port), Seconds: 2}
 	if _, lost, err := udpWindow(o); err == nil || lost < 2*udpWindowSize {
 		return fmt.Errorf("udpWindow: %d datagrams lost, error %v", lost, err)
 	}
