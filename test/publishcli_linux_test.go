@@ -56,6 +56,14 @@ func TestPublishCLI(t *testing.T) {
 		if all := readPorts(t, e); len(all) != 0 {
 			t.Errorf("listed after ports rm: %v", all)
 		}
+		// What was asked for in other words is not meant, and named.
+		e.publish(t, "18085:127.0.0.1:81", "127.0.0.1:18086:81")
+		for spec, want := range map[string]string{"18085:81": "18085:127.0.0.1:81/tcp (ID ", "18086:81": "127.0.0.1:18086:81/tcp (ID "} {
+			if r := e.call(t, "ports", "rm", e.name, spec); r.code != 125 || badMessage(r.stderr) != "" || !strings.Contains(r.stderr, "\nhint: did you mean "+want) {
+				t.Errorf("ports rm %s: status %d, expected %s: %s", spec, r.code, want, r.stderr)
+			}
+		}
+		e.withdraw(t, "18085:127.0.0.1:81", "127.0.0.1:18086:81")
 		// What was withdrawn can be had again at once.
 		e.publish(t, "18082:81")
 		reach(t, n, "tcp", 18082)

@@ -260,10 +260,10 @@ func newPortsRm() *cobra.Command {
 	return &cobra.Command{
 		Use:   "rm [ENGINE] ID|SPEC...",
 		Short: "Withdraw published ports",
-		Long: "Withdraw ports, by the ID of ports ls or as they were asked for, whoever did. They take no new\n" +
-			"clients; connections go on until their ends. The port of a container comes back when that is started\n" +
-			"again, one of the configuration when that is read again. ENGINE may be left out when only one is\n" +
-			"running.",
+		Long: "Withdraw ports, by the ID of ports ls or as they were asked for, whoever did: a SPEC without\n" +
+			"HOSTIP, or without GUESTIP, means none that was asked for with one. They take no new clients;\n" +
+			"connections go on until their ends. The port of a container comes back when that is started again,\n" +
+			"one of the configuration when that is read again. ENGINE may be left out when only one is running.",
 		Example: "  slipway ports rm web 8080:80\n  slipway ports rm 3 4",
 		Args:    words(1, -1, "ID or SPEC"), ValidArgsFunction: completePort,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -325,33 +325,51 @@ func removePorts(ctx context.Context, c *api.Client, engine string, targets []po
 	if err != nil {
 		return []error{err}
 	}
-	have, hint := indexPorts(ports), "slipway ports ls "+engine
+	have := indexPorts(ports)
+	var missed []*daemon.Problem
+	var near []publishedPort
+	known := make(map[uint64]bool) // the IDs of near, and what is withdrawn
 	for _, t := range targets {
 		id, ok := have.find(t)
 		if !ok {
-			problems = append(problems, &daemon.Problem{Err: fmt.Errorf("withdraw %v on %s: %s", t, engine, whyNot(t, ports)), Hint: hint})
+			p := &daemon.Problem{Err: fmt.Errorf("withdraw %v on %s: not published", t, engine)}
+			problems, missed = append(problems, p), append(missed, p)
+			for _, p := range have.near(t) {
+				if !known[p.id] {
+					near, known[p.id] = append(near, p), true
+				}
+			}
 			continue
 		}
+		known[id] = true
 		_, err := askOne(ctx, func(ctx context.Context) (struct{}, error) { return struct{}{}, c.RemovePort(ctx, id) })
 		if err != nil {
 			problems = append(problems, err)
 		}
 	}
+	hint := nearHint(near) + "slipway ports ls " + engine
+	for _, p := range missed {
+		p.Hint = hint
+	}
 	return problems
 }
 
-// whyNot says why t is none of ports: a port of the host is easily taken for an ID.
-func whyNot(t portTarget, ports []api.Port) string {
-	var meant []string
-	for _, p := range ports {
-		if s, err := p.Spec.Flow(); err == nil && t.id != 0 && uint64(s.Host.Port()) == t.id {
-			meant = append(meant, s.String())
-		}
+// maxNear is how many ports are named that may have been meant.
+const maxNear = 4
+
+// nearHint asks for the ports that may have been meant.
+func nearHint(near []publishedPort) string {
+	if len(near) == 0 {
+		return ""
 	}
-	if len(meant) == 0 {
-		return "not published"
+	var words []string
+	for _, p := range near[:min(maxNear, len(near))] {
+		words = append(words, p.String())
 	}
-	return fmt.Sprintf("%d is no ID; did you mean %s?", t.id, strings.Join(meant, " or "))
+	if more := len(near) - maxNear; more > 0 {
+		words = append(words, fmt.Sprintf("%d more", more))
+	}
+	return "did you mean " + strings.Join(words, " or ") + "? All are listed by "
 }
 
 // String is the target as it was named.
@@ -366,6 +384,7 @@ func (t portTarget) String() string {
 type portIndex struct {
 	ids    map[uint64]bool
 	byHost map[hostPort]publishedPort
+	byPort map[uint16][]publishedPort // of the host
 }
 
 // hostPort is what no two published ports have in common.
@@ -374,18 +393,22 @@ type hostPort struct {
 	host  netip.AddrPort
 }
 
+// publishedPort is a port as it was asked for, and what its clients reach.
 type publishedPort struct {
-	id     uint64
-	guests []netip.AddrPort // as it was asked for, what is reached, and the container
+	id      uint64
+	spec    flow.PortSpec
+	reaches netip.AddrPort
 }
 
 func indexPorts(ports []api.Port) portIndex {
-	x := portIndex{make(map[uint64]bool, len(ports)), make(map[hostPort]publishedPort, len(ports))}
+	x := portIndex{make(map[uint64]bool, len(ports)), make(map[hostPort]publishedPort, len(ports)), make(map[uint16][]publishedPort, len(ports))}
 	for _, p := range ports {
 		x.ids[p.ID] = true
 		if s, err := p.Spec.Flow(); err == nil {
-			guest := netip.AddrPortFrom(s.Guest.Addr(), cmp.Or(s.Guest.Port(), s.Host.Port()))
-			x.byHost[hostPort{s.Proto, s.Host}] = publishedPort{p.ID, []netip.AddrPort{guest, p.Reaches, s.Behind}}
+			s.Guest = netip.AddrPortFrom(s.Guest.Addr(), cmp.Or(s.Guest.Port(), s.Host.Port()))
+			one := publishedPort{p.ID, s, p.Reaches}
+			x.byHost[hostPort{s.Proto, s.Host}] = one
+			x.byPort[s.Host.Port()] = append(x.byPort[s.Host.Port()], one)
 		}
 	}
 	return x
@@ -397,10 +420,40 @@ func (x portIndex) find(t portTarget) (uint64, bool) {
 		return t.id, x.ids[t.id]
 	}
 	p, ok := x.byHost[hostPort{t.spec.Proto, t.spec.Host}]
-	want := t.spec.Guest
-	return p.id, ok && slices.ContainsFunc(p.guests, func(guest netip.AddrPort) bool {
-		return guest.Port() == want.Port() && (!want.Addr().IsValid() || guest.Addr() == want.Addr())
-	})
+	return p.id, ok && p.leadsTo(t.spec.Guest)
+}
+
+// near are the ports that whoever named t may have meant, for t is none: those of the same
+// port of the host, which is easily taken for an ID, too.
+func (x portIndex) near(t portTarget) []publishedPort {
+	port := uint64(t.spec.Host.Port())
+	if t.id != 0 {
+		port = t.id
+	}
+	if port > 65535 {
+		return nil
+	}
+	return x.byPort[uint16(port)]
+}
+
+// leadsTo reports whether guest is where p leads, in the words of a SPEC. An address may be
+// any that is listed. Without one, none may have been asked for: the container's may be left out,
+// which docker says and nobody asks for.
+func (p publishedPort) leadsTo(guest netip.AddrPort) bool {
+	asked, behind := p.spec.Guest, p.spec.Behind
+	if guest.Addr().IsValid() {
+		return guest == asked || guest == p.reaches || guest == behind
+	}
+	return !asked.Addr().IsValid() && (guest.Port() == asked.Port() || guest.Port() == behind.Port())
+}
+
+// String is a SPEC that means p, and its ID.
+func (p publishedPort) String() string {
+	s := p.spec
+	if s.Behind.IsValid() && !s.Guest.Addr().IsValid() {
+		s.Guest = netip.AddrPortFrom(netip.Addr{}, s.Behind.Port())
+	}
+	return fmt.Sprintf("%v (ID %d)", s, p.id)
 }
 
 // engineFirst takes the engine's name off the words of a command line. It is "" when

@@ -70,10 +70,11 @@ func (f *fakeEngine) AddPort(_ context.Context, owner string, s flow.PortSpec) (
 			netip.AddrPortFrom(netip.IPv4Unspecified(), s.Host.Port()), netip.AddrPortFrom(netip.IPv6Unspecified(), s.Host.Port()),
 		}
 	}
-	if !s.Guest.Addr().IsValid() {
-		s.Guest = netip.AddrPortFrom(netip.MustParseAddr("192.168.65.3"), s.Guest.Port())
+	reaches := s.Guest
+	if !reaches.Addr().IsValid() {
+		reaches = netip.AddrPortFrom(netip.MustParseAddr("192.168.65.3"), reaches.Port())
 	}
-	p := api.Port{ID: f.last, Spec: api.SpecOf(s), Owner: owner, Since: time.Now(), Listens: listens, Reaches: s.Guest}
+	p := api.Port{ID: f.last, Spec: api.SpecOf(s), Owner: owner, Since: time.Now(), Listens: listens, Reaches: reaches}
 	f.ports = append(f.ports, p)
 	return p, nil
 }
@@ -154,7 +155,7 @@ func TestPorts(t *testing.T) {
 		}
 	}
 	// By ID, as asked, and with the port that was chosen, all without the engine's name.
-	if r := slipway(t, "ports", "rm", "1", "127.0.0.1:5353:53/udp", "[::1]:40003:22"); r.code != 0 || r.stdout+r.stderr != "" {
+	if r := slipway(t, "ports", "rm", "1", "127.0.0.1:5353:53/udp", "[::1]:40003:[fd00::2]:22"); r.code != 0 || r.stdout+r.stderr != "" {
 		t.Errorf("rm: status %d, %s%s", r.code, r.stdout, r.stderr)
 	}
 	if rows := columns(slipway(t, "ports").stdout); len(rows) != 1 {
@@ -167,15 +168,15 @@ func TestPorts(t *testing.T) {
 func TestPortsOfContainers(t *testing.T) {
 	f := pretend(t, "web")
 	at := func(s string) netip.AddrPort { return netip.MustParseAddrPort(s) }
-	port := func(host, guest, behind, reaches, owner, container, program string) {
+	port := func(host, behind, reaches, owner, container, program string) {
 		f.last++
-		s := flow.PortSpec{Proto: flow.TCP, Host: at(host), Guest: at(guest), Behind: at(behind)}
+		s := flow.PortSpec{Proto: flow.TCP, Host: at(host), Guest: netip.AddrPortFrom(netip.Addr{}, at(host).Port()), Behind: at(behind)}
 		f.ports = append(f.ports, api.Port{ID: f.last, Spec: api.SpecOf(s), Owner: owner, Listens: []netip.AddrPort{s.Host}, Reaches: at(reaches), Container: container, Program: program})
 	}
-	port("0.0.0.0:8080", "192.168.65.3:8080", "172.17.0.2:80", "192.168.65.3:8080", "guest:812/1", "web", "")
-	port("127.0.0.1:8081", "192.168.65.3:8081", "172.17.0.2:80", "172.17.0.2:80", "guest:813/2", "", "slipway-docker-\x1b")
-	port("127.0.0.1:8082", "192.168.65.3:8082", "172.17.0.2:81", "172.17.0.2:81", "guest:814/3", "", "")
-	port("127.0.0.1:8083", "192.168.65.3:8083", "172.17.0.2:81", "172.17.0.2:81", "docker", "", "")
+	port("0.0.0.0:8080", "172.17.0.2:80", "192.168.65.3:8080", "guest:812/1", "web", "")
+	port("127.0.0.1:8081", "172.17.0.2:80", "172.17.0.2:80", "guest:813/2", "", "slipway-docker-\x1b")
+	port("127.0.0.1:8082", "172.17.0.2:81", "172.17.0.2:81", "guest:814/3", "", "")
+	port("127.0.0.1:8083", "172.17.0.2:81", "172.17.0.2:81", "docker", "", "")
 	rows := columns(slipway(t, "ports").stdout)
 	for i, want := range []string{
 		"192.168.65.3:8080 (172.17.0.2:80) - docker: web 0", "172.17.0.2:80 - guest (pid 813, slipway-docker-?) 0",
@@ -186,7 +187,8 @@ func TestPortsOfContainers(t *testing.T) {
 		}
 	}
 	r := slipway(t, "ports", "rm", "0.0.0.0:8080:80", "127.0.0.1:8081:172.17.0.2:80", "127.0.0.1:8082:8082", "127.0.0.1:8083:83")
-	if r.code != 125 || !strings.HasPrefix(r.stderr, "slipway: withdraw 127.0.0.1:8083:83/tcp") || len(f.ports) != 1 {
+	if r.code != 125 || len(f.ports) != 1 || r.stderr != "slipway: withdraw 127.0.0.1:8083:83/tcp on web: not published\n"+
+		"hint: did you mean 127.0.0.1:8083:81/tcp (ID 4)? All are listed by slipway ports ls web\n" {
 		t.Errorf("rm: status %d, %s, left %v", r.code, r.stderr, f.ports)
 	}
 }
@@ -240,19 +242,46 @@ func TestPortsAddInPart(t *testing.T) {
 	}
 }
 
-// A port of the host is no ID, and its SPEC is named.
-func TestPortsRemoveByNumber(t *testing.T) {
+// What a SPEC leaves out was not asked for, and what may have been meant is named, also for
+// a port of the host where an ID belongs.
+func TestPortsRemoveOthers(t *testing.T) {
 	f := pretend(t, "web")
-	slipway(t, "ports", "add", "8080:80", "127.0.0.1:8081:81", "[::1]:8081:81/udp")
-	for id, why := range map[string]string{
-		"8080": "8080 is no ID; did you mean 8080:192.168.65.3:80/tcp?",
-		"8081": "8081 is no ID; did you mean 127.0.0.1:8081:192.168.65.3:81/tcp or [::1]:8081:192.168.65.3:81/udp?",
-		"8082": "not published",
+	slipway(t, "ports", "add", "8080:127.0.0.1:80", "192.0.2.2:8081:81", "127.0.0.1:8081:81/udp", "8082:82", "127.0.0.1:8000-8003:1-4")
+	for arg, want := range map[string]string{ // the hint's beginning
+		"8080:80":                     "did you mean 8080:127.0.0.1:80/tcp (ID 1)?",
+		"8080:192.168.65.3:80":        "did you mean 8080:127.0.0.1:80/tcp (ID 1)?",
+		"8081:81":                     "did you mean 192.0.2.2:8081:81/tcp (ID 2) or 127.0.0.1:8081:81/udp (ID 3)?",
+		"192.0.2.2:8081:82":           "did you mean 192.0.2.2:8081:81/tcp (ID 2) or 127.0.0.1:8081:81/udp (ID 3)?",
+		"0.0.0.0:8082:82":             "did you mean 8082:82/tcp (ID 4)?",
+		"8082:82/udp":                 "did you mean 8082:82/tcp (ID 4)?",
+		"8082:172.17.0.2:82":          "did you mean 8082:82/tcp (ID 4)?",
+		"8000-8001:1-2":               "did you mean 127.0.0.1:8000:1/tcp (ID 5) or 127.0.0.1:8001:2/tcp (ID 6)?",
+		"8082:1 8082:2 8000-8003:1-4": "did you mean 8082:82/tcp (ID 4) or 127.0.0.1:8000:1/tcp (ID 5) or 127.0.0.1:8001:2/tcp (ID 6) or 127.0.0.1:8002:3/tcp (ID 7) or 1 more?",
+		"8080":                        "did you mean 8080:127.0.0.1:80/tcp (ID 1)?",
+		"8081":                        "did you mean 192.0.2.2:8081:81/tcp (ID 2) or 127.0.0.1:8081:81/udp (ID 3)?",
+		"8099":                        "",
+		"8099:80":                     "",
+		"73616":                       "", // 8080 in 16 bits
 	} {
-		r := slipway(t, "ports", "rm", "web", id)
-		want := "slipway: withdraw port " + id + " on web: " + why + "\nhint: slipway ports ls web\n"
-		if r.code != 125 || r.stderr != want || len(f.Ports(t.Context())) != 3 {
-			t.Errorf("status %d, %s", r.code, r.stderr)
+		if want != "" {
+			want += " All are listed by "
+		}
+		r := slipway(t, append([]string{"ports", "rm", "web"}, strings.Fields(arg)...)...)
+		first, hint, _ := strings.Cut(r.stderr, "\nhint: ")
+		if r.code != 125 || !strings.HasSuffix(first, " on web: not published") || hint != want+"slipway ports ls web\n" || len(f.Ports(t.Context())) != maxFake {
+			t.Errorf("rm %s: status %d, %s", arg, r.code, r.stderr)
+		}
+	}
+	// What is named there means what it stands beside.
+	if r := slipway(t, "ports", "rm", "web", "8003:9", "127.0.0.1:8003:4", "8003:8"); !strings.HasSuffix(r.stderr, "? All are listed by slipway ports ls web\n") || len(f.Ports(t.Context())) != maxFake-1 {
+		t.Errorf("of one that was named before: %s", r.stderr)
+	}
+	if r := slipway(t, "ports", "rm", "web", "127.0.0.1:8002:3", "8002:9"); !strings.HasSuffix(r.stderr, "\nhint: slipway ports ls web\n") || len(f.Ports(t.Context())) != maxFake-2 {
+		t.Errorf("of one that is withdrawn: %s", r.stderr)
+	}
+	for i, arg := range []string{"8080:127.0.0.1:80/tcp", "192.0.2.2:8081:81/tcp", "127.0.0.1:8081:81/udp", "8082:82/tcp", "127.0.0.1:8000:192.168.65.3:1"} {
+		if r := slipway(t, "ports", "rm", "web", arg); r.code != 0 || f.Ports(t.Context())[0].ID != uint64(i+2) {
+			t.Errorf("rm %s: status %d, %s, left %v", arg, r.code, r.stderr, f.Ports(t.Context()))
 		}
 	}
 }

@@ -120,6 +120,13 @@ type Stats struct {
 // Owner is who asked for it, and of several who still want it the first.
 func (p *Port) Owner() string { return p.owner.Load().(string) }
 
+// Asked is Spec without the guest's address, where none was asked for.
+func (p *Port) Asked() flow.PortSpec {
+	s := p.Spec
+	s.Guest = netip.AddrPortFrom(p.asked.Guest.Addr(), s.Guest.Port())
+	return s
+}
+
 // GuestFor returns what the clients of one of the Listens reach: the engine's
 // address of their family where the PortSpec named none.
 func (p *Port) GuestFor(listener netip.Addr) netip.AddrPort {

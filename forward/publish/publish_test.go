@@ -56,6 +56,9 @@ func TestAdd(t *testing.T) {
 			if p.Spec.Guest.String() != tt.guest || p.Spec.Source != flow.SourcePreserve || p.Wildcard != tt.wildcard || p.Owner() != "me" || p.Since.IsZero() {
 				t.Errorf("Add = %+v; want guest %s, wildcard %v", p, tt.guest, tt.wildcard)
 			}
+			if got, want := p.Asked().String(), at(s, port).String(); got != strings.Replace(want, "[::ffff:127.0.0.1]", "127.0.0.1", 1) {
+				t.Errorf("Asked is %s, want %s", got, want)
+			}
 			b.Close()
 			if got := tells(t, s.Proto, p.Listens[0]); got != "" {
 				t.Errorf("%v tells %q after Close", p.Listens[0], got)

@@ -36,7 +36,7 @@ type PortSpec struct {
 // Port is a published port.
 type Port struct {
 	ID       uint64           `json:"id"`
-	Spec     PortSpec         `json:"spec"`    // as asked, with the port that was chosen
+	Spec     PortSpec         `json:"spec"`    // as asked, with the port and the source that were chosen
 	Owner    string           `json:"owner"`   // who asked for it
 	Since    time.Time        `json:"since"`   // it listens
 	Listens  []netip.AddrPort `json:"listens"` // the sockets' own addresses

@@ -238,7 +238,7 @@ func (e *engine) portOfBook(p *publish.Port) api.Port {
 		listens = p.Listens[0].Addr()
 	}
 	return api.Port{
-		ID: p.ID, Spec: api.SpecOf(p.Spec), Owner: p.Owner(), Since: p.Since, Listens: list(p.Listens),
+		ID: p.ID, Spec: api.SpecOf(p.Asked()), Owner: p.Owner(), Since: p.Since, Listens: list(p.Listens),
 		Counters: api.PortCounters{
 			Clients: p.Stats.Clients.Load(), Refused: p.Stats.Refused.Load(), Gateway: p.Stats.Gateway.Load(),
 			Dropped: p.Stats.Dropped.Load(), Errors: p.Stats.Errors.Load(),
