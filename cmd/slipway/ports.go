@@ -457,14 +457,14 @@ func (p publishedPort) String() string {
 }
 
 // engineFirst takes the engine's name off the words of a command line. It is "" when
-// there is none: a SPEC is no name, for it has a colon, and neither is a number, unless
-// an engine is called so and more follows.
+// there is none: a SPEC is no name, for it has a colon, and neither is a number or a range of
+// them, unless an engine is called so and more follows.
 func engineFirst(args []string) (name string, rest []string, err error) {
 	first := args[0]
 	if strings.ContainsAny(first, ":/") {
 		return "", args, nil
 	}
-	if _, isID := portID(first); isID {
+	if numbers(first) {
 		running, err := daemon.Engines()
 		if err != nil || len(args) == 1 || !slices.Contains(running, first) {
 			return "", args, err
@@ -472,6 +472,14 @@ func engineFirst(args []string) (name string, rest []string, err error) {
 	}
 	return first, args[1:], config.CheckName(first)
 }
+
+// numbers reports whether s is a number, or a range of them.
+func numbers(s string) bool {
+	first, last, found := strings.Cut(s, "-")
+	return digits(first) && (!found || digits(last))
+}
+
+func digits(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
 
 // withEngine calls f with a client of the engine called name, or for "" of the only one
 // that is running.

@@ -298,10 +298,14 @@ func TestPortsWhichEngine(t *testing.T) {
 	three, four := pretend(t, "3"), pretend(t, "four")
 	check("hint: running: 3, four", "add", "8080:80")
 	check("hint: running: 3, four", "rm", "3") // a number alone is an ID
-	for _, args := range [][]string{{"add", "3", "8080:80"}, {"add", "four", "8080:80"}, {"rm", "3", "1"}} {
+	range56 := pretend(t, "5-6")
+	for _, args := range [][]string{{"add", "3", "8080:80"}, {"add", "four", "8080:80"}, {"rm", "3", "1"}, {"add", "5-6", "8081:81"}, {"rm", "5-6", "1"}} {
 		if r := slipway(t, append([]string{"ports"}, args...)...); r.code != 0 {
 			t.Errorf("%v: %s", args, r.stderr)
 		}
+	}
+	if len(range56.Ports(t.Context())) != 0 || range56.last != 1 {
+		t.Errorf("5-6 has %v", range56.Ports(t.Context()))
 	}
 	if len(three.Ports(t.Context())) != 0 || len(four.Ports(t.Context())) != 1 {
 		t.Errorf("3 has %v, four has %v", three.Ports(t.Context()), four.Ports(t.Context()))
@@ -327,6 +331,10 @@ func TestPublishErrors(t *testing.T) {
 		{[]string{"attach", "--pid", "1", "-p", "http:80"}, "--publish: "},
 		{[]string{"ports", "add"}, "SPEC is missing"},
 		{[]string{"ports", "add", "web"}, "SPEC is missing"},
+		{[]string{"ports", "add", "8000-8010"}, `port "8000-8010": must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]; 8000-8010:8000-8010 are the same`},
+		{[]string{"ports", "add", "0"}, `port "0": must be [HOSTIP:]HOSTPORT`},
+		{[]string{"ports", "add", "8000-8010", "8080:80"}, `port "8000-8010": must be `},
+		{[]string{"ports", "rm", "8000-8010"}, `port "8000-8010": must be an ID of ports ls, or a SPEC like 8080:80`},
 		{[]string{"ports", "add", "web", "80:80/sctp"}, `protocol "sctp" is not tcp or udp`},
 		{[]string{"ports", "add", "web", "80:80", "--source-ip", "x"}, `--source-ip: "x" is not allowed: must be preserve or gateway`},
 		{[]string{"ports", "add", "../x", "80:80"}, "../x"},

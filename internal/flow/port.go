@@ -142,6 +142,8 @@ func splitColons(s string) ([]string, error) {
 	switch {
 	case len(words) == 1 && allDigits(s):
 		return nil, fmt.Errorf("%w; 0:%s is any port of the host", errNotation, s)
+	case len(words) == 1 && isRange(s):
+		return nil, fmt.Errorf("%w; %s:%s are the same ports of host and guest", errNotation, s, s)
 	case len(words) > 4 && strings.Contains(s, "::"):
 		return nil, fmt.Errorf("%w, IPv6 addresses in brackets", errNotation)
 	case len(words) < 2 || len(words) > 4:
@@ -151,6 +153,12 @@ func splitColons(s string) ([]string, error) {
 }
 
 func allDigits(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
+
+// isRange reports whether s is meant as a range of ports.
+func isRange(s string) bool {
+	first, last, found := strings.Cut(s, "-")
+	return found && allDigits(first) && allDigits(last)
+}
 
 // checkHostname finds a name where the host's address belongs.
 func checkHostname(words []string) error {

@@ -32,6 +32,9 @@ func TestParsePorts(t *testing.T) {
 
 		{"", `must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]`},
 		{"80", `must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]; 0:80 is any port of the host`},
+		{"8000-8010", `must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]; 8000-8010:8000-8010 are the same ports of host and guest`},
+		{"8000-8010/udp", `must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]; 8000-8010:8000-8010 are the same ports of host and guest`},
+		{"8000-", `must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]`},
 		{"127.0.0.1:80", `must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]`},
 		{"127.0.0.1:80:10.0.0.1:80:80", `must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]`},
 		{"80:1:10.0.0.1:80", `must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]`},
