@@ -31,7 +31,7 @@ func needPublish(t testing.TB, commands ...string) {
 func TestPublishCLI(t *testing.T) {
 	needPublish(t)
 	eachUser(t, func(t *testing.T, n *topo.Topology, u user) {
-		e := startEngine(t, n, engineOptions{user: u, flags: []string{"-p", "18080:81", "-p", "127.0.0.1:18081:81/udp", "-p", "18090-18092:81-83"}})
+		e := startEngine(t, n, engineOptions{user: u, flags: []string{"-p", "18080:81", "-p", "127.0.0.1:18081:81/udp", "-p", "18090-18092:81-83", "-p", "18080:81/tcp,18091-18092:82-83"}}) // some of them twice
 		tellSource(t, e.guest, enginePort)
 		base := [][]string{onAll("tcp", 18080), {"udp 127.0.0.1:18081"}, onAll("tcp", 18090), onAll("tcp", 18091), onAll("tcp", 18092)}
 		expectListeners(t, n, "with -p", base...)
@@ -271,7 +271,7 @@ func (e *engine) follow(t testing.TB) {
 func TestPublishConfig(t *testing.T) {
 	needPublish(t)
 	eachUser(t, func(t *testing.T, n *topo.Topology, u user) {
-		e := startUp(t, n, u, `publish = ["18080:81", "127.0.0.1:18081:81/udp"]`)
+		e := startUp(t, n, u, `publish = ["18080:81", "127.0.0.1:18081:81/udp", "18080:81"]`)
 		tellSource(t, e.guest, enginePort)
 		expectListeners(t, n, "with publish", onAll("tcp", 18080), []string{"udp 127.0.0.1:18081"})
 		reach(t, n, "tcp", 18080)

@@ -15,10 +15,10 @@ import (
 const maxPublish = 16384
 
 // setPublish takes a list of strings in the notation of flow.ParsePorts, or a flag's
-// string.
+// string. What is in it already is no error, as it is none for slipway ports add.
 func setPublish(to *[]flow.PortSpec, v any) error {
 	var all []flow.PortSpec
-	have, full := make(hostPorts), false
+	known, have, full := make(map[flow.PortSpec]bool), make(hostPorts), false
 	err := eachWord(v, func(w string) error {
 		w = strings.TrimSpace(w)
 		specs, err := flow.ParsePorts(w)
@@ -27,9 +27,14 @@ func setPublish(to *[]flow.PortSpec, v any) error {
 			return fmt.Errorf("port %q: set publish_auto = true instead", w)
 		case err != nil || full: // one that is too much is enough
 			return err
-		case len(all)+len(specs) > maxPublish:
+		}
+		specs = slices.DeleteFunc(specs, func(s flow.PortSpec) bool { return known[s] })
+		if len(all)+len(specs) > maxPublish {
 			full = true
 			return fmt.Errorf("there are more than %d ports", maxPublish)
+		}
+		for _, s := range specs {
+			known[s] = true
 		}
 		all = append(all, specs...)
 		return have.add(specs)
