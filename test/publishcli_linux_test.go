@@ -140,6 +140,21 @@ func TestPublishErrors(t *testing.T) {
 				t.Errorf("ports add %s: status %d, expected 125 and %q: %s", tt.spec, r.code, tt.says, r.stderr)
 			}
 		}
+		// A guest address that is none: what there is instead is said.
+		const own = "\nhint: there are the engine's own address, 192.168.65.3, "
+		for _, spec := range []string{"18071:10.9.8.7:81", "18071:[fd00::2]:81"} {
+			if r := e.call(t, "ports", "add", e.name, spec); !strings.HasSuffix(r.stderr, own+"and its loopback; it has no networks\n") {
+				t.Errorf("ports add %s: %s", spec, r.stderr)
+			}
+		}
+		if err := e.guest.IP("link add v0 type veth peer name v1\nlink set v0 up\nlink set v1 up\naddress add 172.31.0.1/24 dev v0\naddress add fd00:31::1/64 dev v0 nodad"); err != nil {
+			t.Fatal(err)
+		}
+		if r := e.call(t, "ports", "add", e.name, "18071:10.9.8.7:81"); !strings.HasSuffix(r.stderr, own+"its loopback, and its networks 172.31.0.0/24, fd00:31::/64\n") {
+			t.Errorf("with networks: %s", r.stderr)
+		}
+		// The example of ports add --help works in every engine.
+		e.withdraw(t, fmt.Sprint(e.example(t)))
 		for _, args := range [][]string{{"ports", "rm", e.name, "18070:81"}, {"ports", "rm", e.name, "99"}, {"ports", "ls", "no-such-engine"}, {"ports", "add", e.name}} {
 			if r := e.call(t, args...); r.code != 125 || badMessage(r.stderr) != "" {
 				t.Errorf("slipway %s: status %d: %s", strings.Join(args, " "), r.code, r.stderr)
@@ -157,6 +172,21 @@ func TestPublishErrors(t *testing.T) {
 		}
 		expectListeners(t, n, "after run failed", []string{"tcp 0.0.0.0:18070"})
 	})
+}
+
+// example publishes what the help has as an example, and returns the port's ID.
+func (e *engine) example(t testing.TB) uint64 {
+	t.Helper()
+	const spec = "0:127.0.0.1:3000"
+	if r := e.call(t, "ports", "add", "--help"); !strings.Contains(r.stdout, "slipway ports add web "+spec+" --json\n") {
+		t.Errorf("the help has no example with %s: %s", spec, r.stdout)
+	}
+	e.publish(t, spec)
+	all := readPorts(t, e)
+	if len(all) != 1 {
+		t.Fatalf("published %v", all)
+	}
+	return all[0].ID
 }
 
 // refused asks for a port, a few times if need be: on a busy machine the search for who

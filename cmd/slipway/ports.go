@@ -150,7 +150,7 @@ func newPortsAdd() *cobra.Command {
 			"and the exit status is 125. What was added already, or is configured, is no error; to change a\n" +
 			"port, or to take one that is published otherwise, withdraw it first. ENGINE may be left out when\n" +
 			"only one is running. slipway ports --help says what a SPEC is.",
-		Example: "  slipway ports add web 8080:80 127.0.0.1:5353:53/udp\n  slipway ports add web 0:[fd00::2]:80 --json",
+		Example: "  slipway ports add web 8080:80 127.0.0.1:5353:53/udp\n  slipway ports add web 0:127.0.0.1:3000 --json",
 		Args:    words(1, -1, "SPEC"), ValidArgsFunction: completeEngine,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			engine, words, err := engineFirst(args)

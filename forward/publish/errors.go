@@ -22,10 +22,14 @@ var ErrNotFound = errors.New("no such published port")
 type SpecError struct {
 	Spec flow.PortSpec
 	Why  string // one line
+	hint string
 }
 
 // Error is one line that begins with "publish HOST:PORT/PROTO: ".
 func (e *SpecError) Error() string { return fmt.Sprintf("publish %s: %s", name(e.Spec), e.Why) }
+
+// Hint is what the user can do, in one line; "" if nothing.
+func (e *SpecError) Hint() string { return e.hint }
 
 // PolicyError reports that the configuration, or the system, does not allow a port.
 type PolicyError struct {

@@ -213,9 +213,9 @@ func (b *Book) explain(e *entry, owner string, err error) error {
 	case errors.Is(err, errInUse):
 		return b.inUse(owner, spec)
 	case errors.Is(err, errNoAddress):
-		return &SpecError{spec, fmt.Sprintf("%v is not an address of this host", failed.at.Addr())}
+		return &SpecError{spec, fmt.Sprintf("%v is not an address of this host", failed.at.Addr()), ""}
 	case errors.Is(err, errNoFamily):
-		return &SpecError{spec, "this host does not do that address family"}
+		return &SpecError{spec, "this host does not do that address family", ""}
 	case errors.Is(err, os.ErrPermission):
 		return denied(spec)
 	case errors.Is(err, errNoFiles[0]), errors.Is(err, errNoFiles[1]):

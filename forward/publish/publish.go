@@ -38,8 +38,8 @@ type Config struct {
 	Allowed func(port uint16) bool // which host ports may be asked for; nil allows all. Pure.
 	Source  flow.Source            // for specs without one; "" is flow.SourcePreserve
 
-	// Inside returns an error that says why not, if the guest neither has nor routes
-	// an address of its networks. It is asked for the Guest and Behind of a PortSpec,
+	// Inside returns an error that says why not, perhaps with a method Hint, if the guest neither
+	// has nor routes an address of its networks. It is asked for the Guest and Behind of a PortSpec,
 	// unless that is the engine's own or a loopback address; it may wait. nil admits all.
 	Inside func(netip.Addr) error
 

@@ -269,10 +269,16 @@ func TestTakenInOneFamily(t *testing.T) {
 	}
 }
 
+// outside is what Config.Inside says of an address.
+type outside struct{ netip.Addr }
+
+func (o outside) Error() string { return fmt.Sprintf("%v is not in the engine's networks", o.Addr) }
+func (o outside) Hint() string  { return "instead of " + o.String() }
+
 func TestBadSpecs(t *testing.T) {
 	b, c := newBook(t, Config{Inside: func(a netip.Addr) error {
 		if a != netip.MustParseAddr("172.17.0.2") {
-			return fmt.Errorf("%v is not in the engine's networks", a)
+			return outside{a}
 		}
 		return nil
 	}})
@@ -300,6 +306,10 @@ func TestBadSpecs(t *testing.T) {
 		var bad *SpecError
 		if !errors.As(err, &bad) || !strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: error %q, want %q", tt.name, err, tt.want)
+			continue
+		}
+		if got, want := bad.Hint(), "instead of 172.30.0.9"; (got == want) != strings.HasSuffix(tt.name, " outside") || got != want && got != "" {
+			t.Errorf("%s: hint %q", tt.name, got)
 		}
 	}
 	if c.isOpen() != 0 || len(b.List()) != 0 {

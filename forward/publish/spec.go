@@ -20,7 +20,7 @@ func normalize(s flow.PortSpec) (flow.PortSpec, error) {
 		s.Guest = netip.AddrPortFrom(s.Guest.Addr(), s.Host.Port())
 	}
 	if why := invalid(s); why != "" {
-		return s, &SpecError{s, why}
+		return s, &SpecError{s, why, ""}
 	}
 	return s, nil
 }
@@ -143,7 +143,11 @@ func (b *Book) inside(s flow.PortSpec) error {
 			continue
 		}
 		if err := b.cfg.Inside(a); err != nil {
-			return &SpecError{s, err.Error()}
+			bad := &SpecError{s, err.Error(), ""}
+			if h, ok := err.(interface{ Hint() string }); ok {
+				bad.hint = h.Hint()
+			}
+			return bad
 		}
 	}
 	return nil

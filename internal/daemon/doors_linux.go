@@ -3,7 +3,6 @@ package daemon
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net/netip"
 
@@ -130,17 +129,4 @@ func (d *doors) Listens(p flow.Proto, at netip.AddrPort) bool {
 		number = unix.IPPROTO_UDP
 	}
 	return d.engine.agent.Listens(number, at)
-}
-
-// errNotInside says why an address cannot be published.
-var errNotInside = errors.New("is no address of the engine or its networks")
-
-// inside is the book's question whether the guest has an address.
-func (d *doors) inside(a netip.Addr) error {
-	e := d.ends
-	ours := a == e.Gateway4 || a == e.Gateway6 || a == e.Host4 || a == e.Host6
-	if p := d.Where(a); ours || a.IsLinkLocalUnicast() || p == forward.Outside || p == forward.Unrouted {
-		return fmt.Errorf("%v %w", a, errNotInside)
-	}
-	return nil
 }
