@@ -62,8 +62,8 @@ func TestSet(t *testing.T) {
 }
 
 func TestPortSet(t *testing.T) {
-	h, err := ParsePortSet("80, 8000-8010")
-	if err != nil {
+	var h PortSet
+	if err := setPortSet(&h, "80, 8000-8010"); err != nil {
 		t.Fatal(err)
 	}
 	for port, want := range map[uint16]bool{79: false, 80: true, 81: false, 7999: false, 8000: true, 8010: true, 8011: false} {
@@ -74,21 +74,47 @@ func TestPortSet(t *testing.T) {
 	if (PortSet{}).Allows(80) || !(PortSet{All: true}).Allows(80) {
 		t.Error("none allows nothing and all everything")
 	}
-	if _, err := ParsePortSet(strings.Repeat("1,", maxPortSet) + "1"); err == nil {
+	if err := setPortSet(&h, strings.Repeat("1,", maxPortSet)+"1"); err == nil {
 		t.Error("a list longer than the limit was taken")
+	}
+	for _, tt := range []struct {
+		v    any
+		want string
+	}{
+		{[]any{}, "none"},
+		{[]any{"none"}, "none"},
+		{[]any{"all"}, "all"},
+		{" all ", "all"},
+		{[]any{int64(80), "8000-8010, 90", "1"}, "80,8000-8010,90,1"},
+		{[]any{"all", "80"}, `"all" is no port and no range of ports`},
+		{[]any{"80,http", "x"}, `"http" is no port and no range of ports` + "\n" + `"x" is no port and no range of ports`},
+		{[]any{true}, "not allowed"},
+		{true, "not allowed"},
+		{"", `"" is no port and no range of ports`},
+	} {
+		h := PortSet{Ports: []Ports{{7, 7}}}
+		got := ""
+		if err := setPortSet(&h, tt.v); err == nil {
+			got = h.String()
+		} else if got = err.Error(); h.String() != "7" {
+			t.Errorf("%v: %v, and the set became %v", tt.v, err, h)
+		}
+		if got != tt.want {
+			t.Errorf("%v: %s, want %s", tt.v, got, tt.want)
+		}
 	}
 }
 
-func FuzzParsePortSet(f *testing.F) {
+func FuzzPortSet(f *testing.F) {
 	for _, s := range []string{"none", "all", "80", "80,8000-8010", "-", "1-0", "65535-65536", "+1", "0x10"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		h, err := ParsePortSet(s)
-		if err != nil {
+		var h, again PortSet
+		if setPortSet(&h, s) != nil {
 			return
 		}
-		again, err := ParsePortSet(h.String())
+		err := setPortSet(&again, h.String())
 		if err != nil || again.String() != h.String() {
 			t.Errorf("%q became %v, and that %v, %v", s, h, again, err)
 		}

@@ -304,28 +304,6 @@ func getIsolate(s *Settings) string {
 	return out + "]"
 }
 
-// setPortSet takes "none", "all", a list of numbers and strings, or a flag's string.
-func setPortSet(to *PortSet, v any) error {
-	if list, isList := v.([]any); isList && len(list) == 0 {
-		*to = PortSet{}
-		return nil
-	}
-	var list []string
-	bad := eachWord(v, func(w string) error {
-		list = append(list, w)
-		return checkPorts(w)
-	})
-	set, err := ParsePortSet(strings.Join(list, ","))
-	switch {
-	case err == nil && !errors.Is(bad, errNotAllowed): // "all" is bad in a longer list
-		*to = set
-		return nil
-	case bad != nil:
-		return bad
-	}
-	return err
-}
-
 // toml is String as the file has it.
 func (s PortSet) toml() string {
 	if s.All || len(s.Ports) == 0 {

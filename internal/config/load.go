@@ -15,11 +15,13 @@ import (
 
 // Theory of operation.
 //
-// The file is read twice. go-toml's decoder finds what is no TOML at all: broken
-// syntax, bad escapes, a key twice. There it ends, for what follows a broken line
-// means nothing. Then the syntax tree is walked, where every key still has its line
-// and column, and each value goes to its key in keys.go; here every problem is kept
-// and all are returned together, in the order of the file.
+// The file is read three times. First its keys are counted: where there are more than
+// maxKeys the rest is cut off, with a problem that says so. Then go-toml's decoder finds
+// what is no TOML at all: broken syntax, bad escapes, a key twice, for which it compares
+// each key with all before. There it ends, for what follows a broken line means nothing.
+// At last the syntax tree is walked, where every key still has its line and column, and
+// each value goes to its key in keys.go; here every problem is kept and all are returned
+// together, in the order of the file. The time that this takes grows as the file does.
 //
 //	top level key ........ for all engines
 //	[engine.NAME] key .... for that engine, over the general one
@@ -27,6 +29,9 @@ import (
 
 // maxFile is far beyond any real file, in bytes; more is somebody's mistake.
 const maxFile = 1 << 20
+
+// maxKeys is far beyond any real file, too; a dotted key counts as its parts.
+const maxKeys = 4096
 
 // Problem is one thing wrong in a file.
 type Problem struct {
@@ -116,12 +121,16 @@ func candidates(euid int) []string {
 
 // Parse reads b, the content of file. The error is Problems.
 func Parse(file string, b []byte) (*Config, error) {
-	r := &reader{file: file, config: Default()}
+	r := &reader{file: file, config: Default(), lines: linesOf(b)}
 	r.config.file = file
+	b, tooMany := r.cut(b)
 	if p := r.syntax(b); p != nil {
 		return nil, Problems{p}
 	}
 	r.walk(b)
+	if tooMany != nil {
+		r.problems = append(r.problems, tooMany)
+	}
 	if len(r.problems) > 0 {
 		return nil, r.problems
 	}
@@ -133,7 +142,54 @@ type reader struct {
 	file     string
 	config   *Config
 	parser   unstable.Parser
+	lines    []int // where each line begins
 	problems Problems
+}
+
+// linesOf returns where each line of b begins.
+func linesOf(b []byte) []int {
+	lines := []int{0}
+	for i, c := range b {
+		if c == '\n' {
+			lines = append(lines, i+1)
+		}
+	}
+	return lines
+}
+
+// place returns the line and the column of a byte, both from 1.
+func (r *reader) place(offset int) (line, column int) {
+	line, _ = slices.BinarySearch(r.lines, offset+1)
+	return line, offset - r.lines[line-1] + 1
+}
+
+// cut returns what of b has no more than maxKeys keys, and the problem if that is not all. It
+// stops at broken syntax, which is left to say for others.
+func (r *reader) cut(b []byte) ([]byte, *Problem) {
+	r.parser.Reset(b)
+	for n := 0; r.parser.NextExpression(); {
+		e := r.parser.Expression()
+		if n += keysIn(e); n > maxKeys {
+			line, _ := r.place(int(position(e).Offset))
+			return b[:r.lines[line-1]], &Problem{r.file, line, 1, fmt.Sprintf("there are more than %d keys: from here on none is looked at", maxKeys)}
+		}
+	}
+	return b, nil
+}
+
+// keysIn counts the parts of the keys of a table's head, or of a key and its value.
+func keysIn(e *unstable.Node) (n int) {
+	switch e.Kind {
+	case unstable.Table, unstable.ArrayTable:
+		return len(keyOf(e))
+	case unstable.KeyValue:
+		return len(keyOf(e)) + keysIn(e.Value())
+	case unstable.InlineTable, unstable.Array:
+		for it := e.Children(); it.Next(); {
+			n += keysIn(it.Node())
+		}
+	}
+	return n
 }
 
 // syntax returns what go-toml's decoder finds, or nil.
@@ -259,7 +315,8 @@ var ownKeys = []string{"kind", "command", "directory"}
 
 // source says where a node stands.
 func (r *reader) source(e *unstable.Node) string {
-	return fmt.Sprintf("%s:%d", r.file, r.parser.Shape(position(e)).Start.Line)
+	line, _ := r.place(int(position(e).Offset))
+	return fmt.Sprintf("%s:%d", r.file, line)
 }
 
 func (r *reader) unknown(own *engine, name string, e *unstable.Node) {
@@ -337,14 +394,23 @@ func validVariable(name, value string) bool {
 }
 
 func (r *reader) add(at unstable.Range, text string) {
-	start := r.parser.Shape(at).Start
-	r.problems = append(r.problems, &Problem{r.file, start.Line, start.Column, text})
+	line, column := r.place(int(at.Offset))
+	r.problems = append(r.problems, &Problem{r.file, line, column, text})
 }
 
 // bad adds what is wrong with a node's value, each error at its place.
 func (r *reader) bad(e *unstable.Node, err error) {
-	for _, err := range each(err) {
-		r.add(r.badPosition(e, err), err.Error())
+	var elements []unstable.Range // where those of a list start
+	all := each(err)
+	if len(all) > 0 && e.Value().Kind == unstable.Array {
+		elements = r.elements(e)
+	}
+	for _, err := range all {
+		at := r.valuePosition(e)
+		if in := (*elementError)(nil); errors.As(err, &in) && in.n < len(elements) {
+			at = elements[in.n]
+		}
+		r.add(at, err.Error())
 	}
 }
 
@@ -373,24 +439,19 @@ func (r *reader) valuePosition(e *unstable.Node) unstable.Range {
 	return position(e)
 }
 
-// badPosition is where that of a node's value starts which err is about: an element of a
-// list, or all of it.
-func (r *reader) badPosition(e *unstable.Node, err error) unstable.Range {
-	in := (*elementError)(nil)
-	if !errors.As(err, &in) || e.Value().Kind != unstable.Array {
-		return r.valuePosition(e)
-	}
-	n := 0
+// elements is where each element of a node's list starts.
+func (r *reader) elements(e *unstable.Node) (all []unstable.Range) {
 	for it := e.Value().Children(); it.Next(); {
 		if it.Node().Kind == unstable.Comment {
 			continue
 		}
-		if raw := it.Node().Raw; n == in.n && raw.Length > 0 {
-			return raw
+		raw := it.Node().Raw
+		if raw.Length == 0 {
+			raw = r.valuePosition(e)
 		}
-		n++
+		all = append(all, raw)
 	}
-	return r.valuePosition(e)
+	return all
 }
 
 // foreign stands for a value of a kind that no key has. It is what an error says of it.

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -150,6 +151,62 @@ func TestLoadOfWhatIsNoFile(t *testing.T) {
 				t.Errorf("%v: names the path more than once", err)
 			}
 		})
+	}
+}
+
+// Of a file with far too much wrong in it everything up to maxKeys is said, and then where
+// it ends. It takes no longer than its length allows: the limit is many times what it takes, and
+// a small part of what comparing each with all before would.
+func TestLargeFiles(t *testing.T) {
+	const n, limit = 40000, 2 * time.Second
+	repeat := func(format string) string {
+		var b strings.Builder
+		for i := range n {
+			fmt.Fprintf(&b, format, i)
+		}
+		return b.String()
+	}
+	tooMany := func(line int) string {
+		return fmt.Sprintf("s.toml:%d:1: there are more than %d keys: from here on none is looked at", line, maxKeys)
+	}
+	tests := []struct {
+		name, text string
+		problems   int
+		last       string // the begin of the last one
+	}{
+		{"keys", repeat("key%d = 1\n"), maxKeys + 1, tooMany(maxKeys + 1)},
+		{"tables", repeat("[t%d]\n"), maxKeys + 1, tooMany(maxKeys + 1)},
+		{"good tables", repeat("[engine.e%d]\nmtu = 1500\n"), 1, tooMany(maxKeys/3*2 + 1)},
+		{"environment", "[engine.a.environment]\n" + repeat("A%d = \"x\"\n"), 1, tooMany(maxKeys - 3 + 2)},
+		{"inline tables", "mtu = 1\n\nlimits = { " + repeat("a%d = 1, ") + "dials = 1 }\n", 2, tooMany(3)},
+		{"tables in lists", "mtu = 1\nisolate = [\n" + repeat("{ a%d = 1 },\n") + "]\n", 2, tooMany(2)},
+		{"dotted", "mtu = 1\n" + strings.Repeat("a.", n) + "a = 1\n", 2, tooMany(2)},
+		{"ports", "host_access = [\n" + repeat("\"x%d\",\n") + "]\n", n, "s.toml:40001:1: host_access: \"x39999\" is no port"},
+		{"published", "publish = [\n" + repeat("\"x%d\",\n") + "]\n", n, "s.toml:40001:1: publish: port \"x39999\": must be"},
+		{"command", "[engine.a]\ncommand = [\n" + repeat("%d,\n") + "]\n", n, "s.toml:40002:1: command: 39999 is not allowed"},
+		{"ranges", "publish = [" + repeat("\"1-16385:1-16385\", # %d\n") + "]\n", 1, "s.toml:1:12: publish: there are more than 16384 ports"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			begin := time.Now()
+			_, err := Parse("s.toml", []byte(tt.text))
+			if took := time.Since(begin); took > limit {
+				t.Errorf("it takes %v", took)
+			}
+			var all Problems
+			if !errors.As(err, &all) || len(all) != tt.problems || !strings.HasPrefix(all[len(all)-1].Error(), tt.last) {
+				t.Fatalf("%d problems, expected %d; the last is %v, expected %s", len(all), tt.problems, all[len(all)-1], tt.last)
+			}
+		})
+	}
+	// As many keys as there may be.
+	if _, err := Parse("s.toml", []byte("[engine.a.environment]\n"+strings.Join(strings.SplitAfter(repeat("A%d = \"x\"\n"), "\n")[:maxKeys-3], ""))); err != nil {
+		t.Error(err)
+	}
+	// What is broken behind the end does not hide the rest.
+	_, err := Parse("s.toml", []byte(repeat("key%d = 1\n")+"=\n"))
+	if all := (Problems)(nil); !errors.As(err, &all) || len(all) != maxKeys+1 {
+		t.Errorf("with broken syntax at the end: %d problems", len(all))
 	}
 }
 

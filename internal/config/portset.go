@@ -39,7 +39,7 @@ func (s PortSet) Allows(port uint16) bool {
 	return false
 }
 
-// String returns "none", "all", or the ports separated by commas, as ParsePortSet takes
+// String returns "none", "all", or the ports separated by commas, as setPortSet takes
 // it.
 func (s PortSet) String() string {
 	if s.All {
@@ -58,37 +58,39 @@ func (s PortSet) String() string {
 // maxPortSet bounds the list: host_access is searched for every flow to the host.
 const maxPortSet = 1024
 
-// ParsePortSet parses "none", "all", or a list like "80,8000-8010".
-func ParsePortSet(s string) (PortSet, error) {
-	switch s = strings.TrimSpace(s); s {
-	case "none":
-		return PortSet{}, nil
-	case "all":
-		return PortSet{All: true}, nil
+// setPortSet takes "none", "all", a list of numbers and strings like 80 and "8000-8010", or a
+// flag's string like "80,8000-8010".
+func setPortSet(to *PortSet, v any) error {
+	word, _ := v.(string)
+	if list, ok := v.([]any); ok && len(list) == 1 {
+		word, _ = list[0].(string)
 	}
-	words := strings.Split(s, ",")
-	if len(words) > maxPortSet {
-		return PortSet{}, fmt.Errorf("%d ports and ranges are more than %d", len(words), maxPortSet)
+	switch strings.TrimSpace(word) {
+	case "none":
+		*to = PortSet{}
+		return nil
+	case "all":
+		*to = PortSet{All: true}
+		return nil
 	}
 	var set PortSet
-	for _, w := range words {
-		p, err := parsePorts(strings.TrimSpace(w))
-		if err != nil {
-			return PortSet{}, err
+	err := eachWord(v, func(w string) error {
+		for s := range strings.SplitSeq(w, ",") {
+			p, err := parsePorts(strings.TrimSpace(s))
+			if err != nil {
+				return err
+			}
+			set.Ports = append(set.Ports, p)
 		}
-		set.Ports = append(set.Ports, p)
+		return nil
+	})
+	if n := len(set.Ports); err == nil && n > maxPortSet {
+		err = fmt.Errorf("%d ports and ranges are more than %d", n, maxPortSet)
 	}
-	return set, nil
-}
-
-// checkPorts says what in a word of a list is no port or range.
-func checkPorts(w string) error {
-	for s := range strings.SplitSeq(w, ",") {
-		if _, err := parsePorts(strings.TrimSpace(s)); err != nil {
-			return err
-		}
+	if err == nil {
+		*to = set
 	}
-	return nil
+	return err
 }
 
 // parsePorts parses "80" or "8000-8010".

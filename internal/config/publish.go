@@ -18,21 +18,20 @@ const maxPublish = 16384
 // string. What is in it already is no error, as it is none for slipway ports add.
 func setPublish(to *[]flow.PortSpec, v any) error {
 	var all []flow.PortSpec
-	known, have, full := make(map[flow.PortSpec]bool), make(hostPorts), false
+	known, have, n := make(map[flow.PortSpec]bool), make(hostPorts), 0
 	err := eachWord(v, func(w string) error {
 		w = strings.TrimSpace(w)
-		specs, err := flow.ParsePorts(w)
+		p, err := flow.ParsePortSpecs(w)
 		switch {
 		case w == "auto":
 			return fmt.Errorf("port %q: set publish_auto = true instead", w)
-		case err != nil || full: // one that is too much is enough
+		case err != nil || n > maxPublish: // one that is too much is enough
 			return err
 		}
-		specs = slices.DeleteFunc(specs, func(s flow.PortSpec) bool { return known[s] })
-		if len(all)+len(specs) > maxPublish {
-			full = true
+		if n += p.Len(); n > maxPublish {
 			return fmt.Errorf("there are more than %d ports", maxPublish)
 		}
+		specs := slices.DeleteFunc(p.All(), func(s flow.PortSpec) bool { return known[s] })
 		for _, s := range specs {
 			known[s] = true
 		}
@@ -45,41 +44,59 @@ func setPublish(to *[]flow.PortSpec, v any) error {
 	return err
 }
 
-// hostPorts are ports of the host that are asked for, with their addresses.
-type hostPorts map[hostPort][]netip.Addr
+// hostPorts are addresses and ports of the host that are asked for. The unspecified address of
+// a family is there as soon as any of that family is.
+type hostPorts map[hostPort]claim
 
 type hostPort struct {
 	proto flow.Proto
-	port  uint16
+	host  netip.AddrPort
 }
+
+// claim is how much of an address is asked for.
+type claim uint8
+
+const (
+	someOf claim = 1 + iota // of an unspecified one
+	allOf
+)
 
 // add says which port is asked for twice, for that can never work.
 func (have hostPorts) add(specs []flow.PortSpec) error {
 	for _, s := range specs {
-		p := hostPort{s.Proto, s.Host.Port()}
-		if p.port == 0 {
+		if s.Host.Port() == 0 {
 			continue
 		}
-		for _, a := range have[p] {
-			if meet(a, s.Host.Addr()) {
-				return fmt.Errorf("port %d/%v of the host is asked for twice", p.port, p.proto)
+		for _, a := range familiesOf(s.Host.Addr()) {
+			if !have.claim(s.Proto, a, s.Host.Port()) {
+				return fmt.Errorf("port %d/%v of the host is asked for twice", s.Host.Port(), s.Proto)
 			}
 		}
-		have[p] = append(have[p], s.Host.Addr())
 	}
 	return nil
 }
 
-// meet reports whether listeners at a and b, zero for all addresses, would have an
-// address in common.
-func meet(a, b netip.Addr) bool {
-	switch {
-	case !a.IsValid() || !b.IsValid():
-		return true
-	case a.Is4() != b.Is4():
+// familiesOf is a, or for the zero Addr the unspecified address of each family.
+func familiesOf(a netip.Addr) []netip.Addr {
+	if a.IsValid() {
+		return []netip.Addr{a}
+	}
+	return []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
+}
+
+// claim takes a port of an address and reports whether it was free.
+func (have hostPorts) claim(p flow.Proto, a netip.Addr, port uint16) bool {
+	every := hostPort{p, netip.AddrPortFrom(netip.IPv4Unspecified(), port)}
+	if a.Is6() {
+		every.host = netip.AddrPortFrom(netip.IPv6Unspecified(), port)
+	}
+	one := hostPort{p, netip.AddrPortFrom(a, port)}
+	if have[every] == allOf || have[one] != 0 {
 		return false
 	}
-	return a == b || a.IsUnspecified() || b.IsUnspecified()
+	have[every] = someOf
+	have[one] = allOf
+	return true
 }
 
 // foldSpecs writes specs in their notation, neighbours as ranges.

@@ -54,58 +54,78 @@ const (
 // are in brackets, and the protocol is tcp if there is none. It returns one PortSpec for
 // each port.
 func ParsePorts(s string) ([]PortSpec, error) {
-	specs, err := parsePorts(s)
+	p, err := ParsePortSpecs(s)
 	if err != nil {
-		return nil, fmt.Errorf("port %q: %w", s, err)
+		return nil, err
 	}
-	return specs, nil
+	return p.All(), nil
+}
+
+// PortSpecs are those that one word in the notation of ParsePorts asks for, before they are
+// written out: of a short word there may be 65535.
+type PortSpecs struct {
+	proto           Proto
+	hostIP, guestIP netip.Addr
+	host, guest     portRange
+}
+
+// ParsePortSpecs is ParsePorts for whoever minds how many there are.
+func ParsePortSpecs(s string) (PortSpecs, error) {
+	p, err := parsePorts(s)
+	if err != nil {
+		return PortSpecs{}, fmt.Errorf("port %q: %w", s, err)
+	}
+	return p, nil
+}
+
+// Len is how many there are.
+func (p PortSpecs) Len() int { return p.guest.n() }
+
+// All writes them out.
+func (p PortSpecs) All() []PortSpec {
+	specs := make([]PortSpec, p.Len())
+	for i := range specs {
+		specs[i] = PortSpec{
+			Proto: p.proto,
+			Host:  netip.AddrPortFrom(p.hostIP, p.host.at(i)),
+			Guest: netip.AddrPortFrom(p.guestIP, p.guest.at(i)),
+		}
+	}
+	return specs
 }
 
 // errNotation is what anything of another shape gets.
 var errNotation = errors.New("must be [HOSTIP:]HOSTPORT:[GUESTIP:]GUESTPORT[/tcp|udp]")
 
-func parsePorts(s string) ([]PortSpec, error) {
+func parsePorts(s string) (p PortSpecs, err error) {
 	rest, word, named := strings.Cut(s, "/")
-	proto, err := parseProto(word, named)
-	if err != nil {
-		return nil, err
+	if p.proto, err = parseProto(word, named); err != nil {
+		return p, err
 	}
 	words, err := splitColons(rest)
 	if err != nil {
-		return nil, err
+		return p, err
 	}
 	if err := checkHostname(words); err != nil {
-		return nil, err
+		return p, err
 	}
-	var hostIP, guestIP netip.Addr
 	if isAddr(words[0]) {
-		if hostIP, err = parseAddr(words[0]); err != nil {
-			return nil, err
+		if p.hostIP, err = parseAddr(words[0]); err != nil {
+			return p, err
 		}
 		words = words[1:]
 	}
 	if len(words) == 3 {
-		if guestIP, err = parseAddr(words[1]); err != nil {
-			return nil, err
+		if p.guestIP, err = parseAddr(words[1]); err != nil {
+			return p, err
 		}
 		words = []string{words[0], words[2]}
 	}
 	if len(words) != 2 {
-		return nil, errNotation
+		return p, errNotation
 	}
-	host, guest, err := parseRanges(words[0], words[1])
-	if err != nil {
-		return nil, err
-	}
-	specs := make([]PortSpec, guest.n())
-	for i := range specs {
-		specs[i] = PortSpec{
-			Proto: proto,
-			Host:  netip.AddrPortFrom(hostIP, host.at(i)),
-			Guest: netip.AddrPortFrom(guestIP, guest.at(i)),
-		}
-	}
-	return specs, nil
+	p.host, p.guest, err = parseRanges(words[0], words[1])
+	return p, err
 }
 
 func parseProto(word string, named bool) (Proto, error) {
