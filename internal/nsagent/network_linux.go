@@ -184,8 +184,8 @@ func (g *guest) configure(nl *netlink.Handle, index int, r *Report) error {
 	return g.routes(nl, index, r)
 }
 
-// localLimit bounds awaitLocal.
-const localLimit = time.Second
+// localLimit bounds awaitLocal. A second was seen on a busy machine.
+const localLimit = 5 * time.Second
 
 // awaitLocal waits until the kernel takes a for its own. It makes the route of a new IPv6
 // address later, in a work queue (net/ipv6/addrconf.c, addrconf_dad_work), and what is

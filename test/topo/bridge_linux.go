@@ -58,6 +58,7 @@ func (b *Bridge) Container() (*NS, error) {
 			route add default via %v
 			route add default via %v
 			`, a4, a6, Bridge4, Bridge6)),
+		b.ns.awaitLocal(Bridge6), c.awaitLocal(a6), // the bridge is ready with its first port
 	)
 }
 

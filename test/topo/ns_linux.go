@@ -6,12 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"runtime"
 	"strings"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -104,6 +106,28 @@ func (n *NS) Sysctl(name, value string) error {
 	// A dot inside an interface name would need escaping; ours have none.
 	path := "/proc/sys/" + strings.ReplaceAll(name, ".", "/")
 	return n.Do(func() error { return os.WriteFile(path, []byte(value), 0o644) })
+}
+
+// awaitLocal waits until the kernel takes IPv6 addresses for the namespace's own, which it
+// does later than it adds them, in a work queue (net/ipv6/addrconf.c, addrconf_dad_work): on a
+// busy machine a second later.
+func (n *NS) awaitLocal(addrs ...netip.Addr) error {
+	return n.Do(func() error {
+		end := time.Now().Add(20 * time.Second)
+		for _, a := range addrs {
+			for {
+				routes, err := netlink.RouteGet(a.AsSlice())
+				if len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+					break
+				}
+				if time.Now().After(end) {
+					return fmt.Errorf("address %v in %s: no local route after 20 s: %v, %v", a, n.Name, routes, err)
+				}
+				time.Sleep(200 * time.Microsecond)
+			}
+		}
+		return nil
+	})
 }
 
 // Start starts cmd inside the namespace.

@@ -51,7 +51,8 @@ func (t *Topology) build() (err error) {
 		t.World.Sysctl("net.ipv4.icmp_ratelimit", "0"), t.World.Sysctl("net.ipv6.icmp.ratelimit", "0")); err != nil {
 		return err
 	}
-	return errors.Join(t.Host.IP(hostRoutes()), t.Router.IP(routerRoutes()), t.World.IP(worldRoutes()))
+	return errors.Join(t.Host.IP(hostRoutes()), t.Router.IP(routerRoutes()), t.World.IP(worldRoutes()),
+		t.Host.awaitLocal(Host6), t.Router.awaitLocal(Router6), t.World.awaitLocal(World6, Other6, DNS6))
 }
 
 // Close lets go of all namespaces.
@@ -154,6 +155,7 @@ func (t *Topology) Native() (*NS, error) {
 				oifname "host0" masquerade
 			}
 		}`),
+		t.Host.awaitLocal(Gateway6), n.awaitLocal(Guest6),
 	)
 	return n, err
 }
