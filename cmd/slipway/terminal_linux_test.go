@@ -230,7 +230,7 @@ func TestSlowScreen(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	written := bytes.Repeat([]byte("x"), 3*full) // more than is read at one time
+	written := bytes.Repeat([]byte("x"), 6000) // more than is read at one time; a terminal holds 8192 bytes that nobody reads
 	for f, size := range map[*os.File]int{w: full, slave: len(written)} {
 		if _, err := f.Write(written[:size]); err != nil {
 			t.Fatal(err)
