@@ -168,13 +168,14 @@ func TestNoUserNamespaces(t *testing.T) {
 // TestDemo is what make run does: every check passes, without a terminal.
 func TestDemo(t *testing.T) {
 	eachUser(t, func(t *testing.T, n *topo.Topology, u user) {
-		var r result
-		for range 3 { // a check has 2 s, and a busy machine stalls now and then
-			if r = finish(t, n.Host, u.slipway("demo"), 60*time.Second); r.code == 0 {
+		for range 2 { // a check has 2 s, and a busy machine stalls now and then
+			r := finish(t, n.Host, u.slipway("demo"), 60*time.Second)
+			if r.code == 0 {
 				return
 			}
+			t.Logf("status %d\n%s%s", r.code, r.stdout, r.stderr)
 		}
-		t.Errorf("status %d\n%s%s", r.code, r.stdout, r.stderr)
+		t.Error("a check failed twice")
 	})
 }
 

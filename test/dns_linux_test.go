@@ -40,6 +40,7 @@ func ask3(t testing.TB, ns *topo.NS, network string, server netip.Addr, q *dns.M
 		if r, err = query(t, ns, network, server, q, 10*time.Second); !isTimeout(err) {
 			break
 		}
+		t.Logf("%s %v: %v", network, q.Question[0], err)
 	}
 	return r, err
 }

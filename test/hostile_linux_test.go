@@ -262,7 +262,6 @@ func TestOneGreedyGuest(t *testing.T) {
 			eventually(3*time.Second, func() bool { n = countSockets(t, g.net.Host, tcpSynSent); return n >= atLeast })
 			return n
 		}
-		dials(2, 2*limit)
 		// Nobody repeats these SYNs, so slipway forgets them after 3 s: a machine that stalls
 		// may need another try.
 		for try := 1; ; try++ {

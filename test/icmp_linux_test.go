@@ -28,6 +28,7 @@ func (g *guest) run3(t testing.TB, args []string, ok func(r result) bool) (r res
 		if r = g.run(t, args...); ok(r) {
 			return r, true
 		}
+		t.Logf("%v: status %d\n%s%s", args, r.code, r.stdout, r.stderr)
 	}
 	return r, false
 }

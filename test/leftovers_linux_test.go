@@ -71,8 +71,15 @@ func (l leftovers) processes() {
 	dirs, _ := filepath.Glob("/proc/[0-9]*")
 	for _, d := range dirs {
 		cmdline, err := os.ReadFile(d + "/cmdline")
-		if err != nil || len(cmdline) == 0 || d == fmt.Sprintf("/proc/%d", os.Getpid()) {
-			continue // a zombie has no command line; it is its parent's
+		if err != nil || d == fmt.Sprintf("/proc/%d", os.Getpid()) {
+			continue
+		}
+		if len(cmdline) == 0 {
+			// A zombie, which is its parent's to bury: ours are in good hands.
+			if of := parentOfZombie(d); of != 0 && of != os.Getpid() {
+				l[fmt.Sprintf("process %s: a zombie of process %d", d, of)] = true
+			}
+			continue
 		}
 		l[fmt.Sprintf("process %s: %s", d, strings.ReplaceAll(string(cmdline), "\x00", " "))] = true
 		for _, kind := range []string{"net", "mnt", "user", "pid"} {
@@ -81,6 +88,16 @@ func (l leftovers) processes() {
 			}
 		}
 	}
+}
+
+// parentOfZombie returns the parent of the process with the folder dir, or 0 if that has not
+// ended, as a kernel's thread.
+func parentOfZombie(dir string) (parent int) {
+	text, _ := os.ReadFile(dir + "/stat") // proc_pid_stat(5): PID (NAME) STATE PARENT ...
+	if _, rest, ok := strings.Cut(string(text), ") Z "); ok {
+		fmt.Sscan(rest, &parent)
+	}
+	return parent
 }
 
 func (l leftovers) mounts() {

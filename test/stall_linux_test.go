@@ -398,29 +398,51 @@ func TestResetWhileBlocked(t *testing.T) {
 		eachFamily(t, func(t *testing.T, f family) {
 			for _, by := range []string{"guest", "target"} {
 				t.Run("by "+by, func(t *testing.T) {
-					c, peer := connected(t, g, f)
-					both(func() error { fill(c); return nil }, func() error { fill(peer); return nil })
-					resetter, other := c, peer
-					if by == "target" {
-						resetter, other = peer, c
-					}
-					seen := make(chan error, 1)
-					go func() {
-						other.SetWriteDeadline(time.Now().Add(12 * time.Second))
-						_, err := other.Write(make([]byte, 64<<20))
-						seen <- err
-					}()
-					time.Sleep(100 * time.Millisecond) // it blocks
-					start := time.Now()
-					resetter.SetLinger(0)
-					resetter.Close()
-					if err := receive(t, seen); !errors.Is(err, syscall.ECONNRESET) || time.Since(start) > 5*time.Second {
-						t.Errorf("after %v the blocked side saw %v, not a reset soon", time.Since(start), err)
+					for try := 1; ; try++ { // the machine may stall once
+						took, err := resetWhileBlocked(t, g, f, by)
+						if err != nil {
+							t.Errorf("after %v the blocked side saw %v, not a reset", took, err)
+						}
+						if err != nil || took <= time.Second {
+							break
+						}
+						if try == 3 {
+							t.Errorf("the blocked side saw the reset after %v, not at once", took)
+							break
+						}
 					}
 				})
 			}
 		})
 	})
+}
+
+// resetWhileBlocked has one side reset, and returns how long it took the other to see that,
+// and what it saw else.
+func resetWhileBlocked(t testing.TB, g *guest, f family, by string) (time.Duration, error) {
+	c, peer := connected(t, g, f)
+	both(func() error { fill(c); return nil }, func() error { fill(peer); return nil })
+	resetter, other := c, peer
+	if by == "target" {
+		resetter, other = peer, c
+	}
+	seen := make(chan error, 1)
+	go func() {
+		other.SetWriteDeadline(time.Now().Add(12 * time.Second))
+		_, err := other.Write(make([]byte, 64<<20))
+		seen <- err
+	}()
+	time.Sleep(100 * time.Millisecond) // it blocks
+	start := time.Now()
+	resetter.SetLinger(0)
+	resetter.Close()
+	err := receive(t, seen)
+	if errors.Is(err, syscall.ECONNRESET) {
+		err = nil
+	} else if err == nil {
+		err = errors.New("that all was written")
+	}
+	return time.Since(start), err
 }
 
 // connected returns both ends of a new connection.
