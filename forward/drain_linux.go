@@ -9,19 +9,22 @@ import (
 // A reset discards what the kernel still has to send (SO_LINGER 0). So a side that is to
 // be reset behind data is looked at until its peer has acknowledged everything, or takes
 // no more. That takes an acknowledgement's time, up to 300 ms from the other side of the
-// world, and is counted in looks: a machine that stands still does so for the peer, too.
+// world. What is counted is the time that was meant to be between the looks: a machine that
+// stands still does so for the peer, too.
 const (
-	drainLook  = 2 * time.Millisecond // between two looks
-	drainStill = 150                  // looks without an acknowledgement: the peer does not read
-	drainMost  = 5 * time.Second      // for a peer that reads slowly
+	drainLook  = 2 * time.Millisecond   // between the first two looks
+	drainRest  = 32 * time.Millisecond  // between later ones, while nothing happens
+	drainStill = 300 * time.Millisecond // without an acknowledgement: the peer does not read
+	drainMost  = 5 * time.Second        // for a peer that reads slowly
 )
 
 // drain is the wait of a pair for leg, whose other side was reset.
 type drain struct {
 	pair  *pair
 	leg   *leg
-	left  int // what was unsent at the last look
-	still int // looks since that has changed
+	left  int           // what was unsent at the last look
+	still time.Duration // since that has changed
+	wait  time.Duration // until the next look
 	until time.Time
 	timer *time.Timer
 }
@@ -34,18 +37,19 @@ func (d *drain) look() {
 	}
 	left := d.unsent()
 	if left != d.left {
-		d.left, d.still = left, 0
+		d.left, d.still, d.wait = left, 0, drainLook
 	}
 	if left == 0 || d.still > drainStill || time.Now().After(d.until) || p.s.closed {
 		p.abort()
 		return
 	}
 	if d.timer == nil {
-		d.timer = time.AfterFunc(drainLook, func() {
+		d.timer = time.AfterFunc(d.wait, func() {
 			p.s.loop.Post(func() {
 				if !p.over {
 					d.timer = nil
-					d.still++
+					d.still += d.wait
+					d.wait = min(2*d.wait, drainRest)
 					d.look()
 				}
 			})

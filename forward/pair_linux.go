@@ -42,10 +42,10 @@ import (
 //   - an error on either side resets both (SO_LINGER 0, socket(7)): a peer must not see
 //     an orderly end of something that was cut off, and a reset leaves no TIME_WAIT to
 //     use up the host's ports. An error is noticed even while nothing can be written:
-//     epoll reports it whatever is asked for. Where a reset was read behind data, the
-//     other side gets that data first, as long as it takes it: a server that refuses an
-//     upload answers, and closes with what it did not read, which is a reset right behind
-//     the answer.
+//     epoll reports it whatever is asked for. Where a reset came behind data, whether it
+//     is read or met by a write, the other side gets that data first, as long as it takes
+//     it: a server that refuses an upload answers, and closes with what it did not read,
+//     which is a reset right behind the answer.
 //   - urgent data is read in line with all other, without its mark.
 //
 // A busy flow stops after turnRounds and is called again after the others.
@@ -263,7 +263,7 @@ func (p *pair) keep(dst *leg, rest []byte) {
 	dst.left = dst.buf.Room()[:copy(dst.buf.Room(), rest)]
 }
 
-// letGo gives back what holds left.
+// letGo gives back what holds bytes for l.
 func (l *leg) letGo(s *Sockets) {
 	if l.buf != nil {
 		s.f.pool.Put(l.buf)
@@ -271,7 +271,10 @@ func (l *leg) letGo(s *Sockets) {
 	if l.blk != nil {
 		s.blocks.put(l.blk)
 	}
-	l.left, l.buf, l.blk = nil, nil, nil
+	if l.pipe != nil {
+		s.pipes.put(l.pipe)
+	}
+	l.left, l.buf, l.blk, l.pipe = nil, nil, nil, nil
 }
 
 // splice reads once into pp and writes what it got.
@@ -377,6 +380,7 @@ func (p *pair) broken(dst *leg) {
 		p.abort()
 		return
 	}
+	dst.letGo(p.s)
 	dst.readable, dst.ended = true, true
 	p.reset(p.other(dst))
 }
@@ -397,9 +401,13 @@ func (p *pair) reset(dst *leg) {
 	if p.last != nil {
 		return
 	}
+	if dst.failed { // so was dst itself
+		p.abort()
+		return
+	}
 	src := p.other(dst)
 	lingerNone(src.fd)
-	p.last = &drain{pair: p, leg: dst, until: time.Now().Add(drainMost)}
+	p.last = &drain{pair: p, leg: dst, wait: drainLook, until: time.Now().Add(drainMost)}
 	p.last.look()
 }
 
@@ -414,10 +422,6 @@ func (p *pair) end() {
 		p.s.loop.Forget(l.ref)
 		unix.Close(l.fd)
 		l.letGo(p.s)
-		if l.pipe != nil {
-			p.s.pipes.put(l.pipe)
-			l.pipe = nil
-		}
 	}
 	delete(p.s.pairs, p)
 	if t := p.flow.Tuple; p.s.byTuple[t] == p {

@@ -346,10 +346,10 @@ func TestPairResetBehindData(t *testing.T) {
 // TestPairUploadRefused: the answer arrives also where a write meets the reset before a read.
 func TestPairUploadRefused(t *testing.T) {
 	eachSegments(t, func(t *testing.T, size segments) {
-		for range 20 {
+		for i := range 20 {
 			j := newPairing(t, size)
 			answer := bytes.Repeat([]byte("too large"), 1000)
-			go refuseUpload(j.host, answer)
+			go refuseUpload(j.host, answer, i%2 == 1)
 			if got := upload(j.guest); !bytes.Equal(got, answer) {
 				t.Fatalf("%d of %d bytes of the answer arrived", len(got), len(answer))
 			}
@@ -371,11 +371,10 @@ func TestPairResetWaitsForAcknowledgements(t *testing.T) {
 	waitFor(t, "all is acknowledged", func() bool { return j.flow.ToGuest.Bytes.Load() == uint64(len(b)) })
 	j.host.SetLinger(0)
 	j.host.Close()
-	const away = int(50*time.Millisecond/drainLook) + 5
 	waitFor(t, "the wait is long enough", func() (long bool) {
 		j.loop.Do(func() {
 			for p := range j.sockets.pairs {
-				long = p.last != nil && p.last.still >= away
+				long = p.last != nil && p.last.still > 50*time.Millisecond
 			}
 		})
 		return long

@@ -67,8 +67,10 @@ const (
 	// second: a side that does not read must hear of the reset, too. A machine that stands
 	// still does not look.
 	resetMost = 250
-	// resetStill is how many looks what was sent before a reset may stay where it is.
+	// resetStill is how many looks what was sent before a reset may stay where it is, and
+	// failMost how many it may take altogether.
 	resetStill = 100
+	failMost   = 2500
 )
 
 // reset passes the reset of one side on to the other, dst, behind what was written to
@@ -90,15 +92,25 @@ func (r *relay) reset(dst flow.Conn) {
 	time.Sleep(resetLook) // for the last segment
 }
 
-// fail ends both directions because one side takes no more. back brings what that has sent
-// before, meets the reset behind it, and passes it on, unless its other side does not read.
-func (r *relay) fail(back *direction) {
-	passed := back.count.Packets.Load()
-	for still := 0; still < resetStill && !back.ended.Load() && !r.resetting.Load() && !r.aborted.Load(); still++ {
+// fail ends both directions because the side that d writes to takes no more. back brings what
+// that has sent before, meets the reset behind it, and passes it on, unless its other side does
+// not read. If it has met an end before the reset, that is for us to do.
+func (r *relay) fail(d, back *direction) {
+	d.ended.Store(true)
+	passed, still := back.count.Packets.Load(), 0
+	for look := 0; look < failMost && still < resetStill; look++ {
+		if r.resetting.Load() || r.aborted.Load() {
+			return
+		}
+		if back.ended.Load() {
+			r.reset(back.dst)
+			return
+		}
 		if n := back.count.Packets.Load(); n != passed {
 			passed, still = n, 0
 		}
 		time.Sleep(resetLook)
+		still++
 	}
 	if !r.resetting.Load() {
 		r.abort()
@@ -160,7 +172,7 @@ func (r *relay) pump(d, back *direction, pool *flow.BufPool) {
 		if errors.Is(err, io.EOF) {
 			r.flow.SetState(flow.HalfOpen)
 			if d.dst.CloseWrite() != nil {
-				r.fail(back) // the other side was reset meanwhile
+				r.fail(d, back) // the other side was reset meanwhile
 			}
 			return
 		}
@@ -174,7 +186,7 @@ func (r *relay) pump(d, back *direction, pool *flow.BufPool) {
 			d.count.Add(n)
 		}
 		if err != nil {
-			r.fail(back)
+			r.fail(d, back)
 			return
 		}
 	}

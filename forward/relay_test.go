@@ -162,10 +162,13 @@ func TestRelayReset(t *testing.T) {
 }
 
 // refuseUpload reads a little of what comes, answers, and closes with the rest unread: a
-// reset right behind the answer.
-func refuseUpload(server *net.TCPConn, answer []byte) {
+// reset right behind the answer, or behind a FIN.
+func refuseUpload(server *net.TCPConn, answer []byte, half bool) {
 	io.ReadFull(server, make([]byte, 100<<10))
 	server.Write(answer)
+	if half {
+		server.CloseWrite()
+	}
 	server.Close()
 }
 
@@ -181,10 +184,10 @@ func upload(client *net.TCPConn) []byte {
 
 // The answer arrives also where a write meets the reset before a read.
 func TestRelayUploadRefused(t *testing.T) {
-	for range 50 {
+	for i := range 50 {
 		j := join(t, t.Context())
 		answer := bytes.Repeat([]byte("too large"), 1000)
-		go refuseUpload(j.target, answer)
+		go refuseUpload(j.target, answer, i%2 == 1)
 		if got := upload(j.guest); !bytes.Equal(got, answer) {
 			t.Fatalf("%d of %d bytes of the answer arrived", len(got), len(answer))
 		}

@@ -294,13 +294,14 @@ func (s *udpSender) sendOne(payload, oob []byte, train bool, sa unix.Sockaddr, t
 // sendTries is how often what has met an error is sent again: others may come meanwhile.
 const sendTries = 3
 
-// sendAgain sends what has met an error, which may be an earlier one's.
+// sendAgain sends what has met an error, which may be an earlier one's. It is its own if there
+// was none on the socket.
 func (s *sharedFD) sendAgain(payload, oob []byte, to unix.Sockaddr) (err error) {
 	s.errMu.Lock()
 	defer s.errMu.Unlock()
 	for range sendTries {
-		unix.GetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_ERROR)
-		if err = sendMsg(s.fd, payload, oob, to); err == nil || isFull(err) {
+		earlier, _ := unix.GetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_ERROR)
+		if err = sendMsg(s.fd, payload, oob, to); err == nil || isFull(err) || earlier == 0 {
 			break
 		}
 	}

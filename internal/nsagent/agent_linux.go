@@ -80,7 +80,7 @@ func newAgent(spec Spec, log *slog.Logger) *Agent {
 // takes the kernel 15 to 30 ms, unless the caller calls Release afterwards.
 //
 // Its number is below those of all that the engine opens later, and has to stay that: see
-// lowNumbers.
+// lowNumbers. Who calls neither TUN nor UnpolledTUN leaves the descriptor open.
 func (a *Agent) TUN() *os.File { return a.openTUN(true) }
 
 // UnpolledTUN is TUN for a caller who waits for the device with a poller of its own: Go's

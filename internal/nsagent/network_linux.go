@@ -166,6 +166,7 @@ func (g *guest) configure(nl *netlink.Handle, index int, r *Report) error {
 			return &Error{Op: step.what, On: spec.TUN.Name, Err: err}
 		}
 	}
+	limit := time.Now().Add(localLimit)
 	for _, p := range spec.Addresses {
 		if p.Addr().Is6() && r.IPv6 != "" {
 			continue
@@ -178,20 +179,20 @@ func (g *guest) configure(nl *netlink.Handle, index int, r *Report) error {
 			return &Error{Op: "add " + p.String(), On: spec.TUN.Name, Err: err}
 		}
 		if p.Addr().Is6() && r.IPv6 == "" {
-			awaitLocal(nl, p.Addr())
+			awaitLocal(nl, p.Addr(), limit)
 		}
 	}
 	return g.routes(nl, index, r)
 }
 
-// localLimit bounds awaitLocal. A second was seen on a busy machine.
+// localLimit bounds the wait for local addresses. A second was seen on a busy machine.
 const localLimit = 5 * time.Second
 
 // awaitLocal waits until the kernel takes a for its own. It makes the route of a new IPv6
 // address later, in a work queue (net/ipv6/addrconf.c, addrconf_dad_work), and what is
 // sent to the address before leaves by the device.
-func awaitLocal(nl *netlink.Handle, a netip.Addr) {
-	for end := time.Now().Add(localLimit); time.Now().Before(end); time.Sleep(200 * time.Microsecond) {
+func awaitLocal(nl *netlink.Handle, a netip.Addr, limit time.Time) {
+	for ; time.Now().Before(limit); time.Sleep(200 * time.Microsecond) {
 		routes, err := nl.RouteGet(a.AsSlice())
 		if err != nil || len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
 			return

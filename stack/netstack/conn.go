@@ -180,8 +180,12 @@ func (c *guestConn) CloseWrite() error {
 }
 
 // Drained implements flow.Conn. gVisor does not tell how much is unacknowledged, but
-// whether there is room, and the room can be made small.
+// whether there is room, and the room can be made small; and whether the FIN behind it is.
 func (c *guestConn) Drained() bool {
+	switch tcp.EndpointState(c.ep.State()) {
+	case tcp.StateFinWait1, tcp.StateClosing, tcp.StateLastAck:
+		return false
+	}
 	c.ep.SocketOptions().SetSendBufferSize(tcp.MinBufferSize, false)
 	return c.ep.Readiness(waiter.WritableEvents) != 0
 }
