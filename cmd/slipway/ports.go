@@ -211,13 +211,16 @@ func parseSpecs(words []string) ([]flow.PortSpec, error) {
 	return all, nil
 }
 
-// addPorts publishes one after the other. At the engine's limit it stops: what follows
-// would only be refused, too.
+// addPorts publishes one after the other, and returns each port once. At the engine's limit
+// it stops: what follows would only be refused, too.
 func addPorts(ctx context.Context, c *api.Client, specs []flow.PortSpec) (ports []api.Port, problems []error) {
+	have := make(map[uint64]bool)
 	for i, s := range specs {
 		p, err := askOne(ctx, func(ctx context.Context) (api.Port, error) { return c.AddPort(ctx, s) })
 		if err == nil {
-			ports = append(ports, p)
+			if !have[p.ID] {
+				ports, have[p.ID] = append(ports, p), true
+			}
 			continue
 		}
 		problems = append(problems, err)
@@ -325,30 +328,31 @@ func removePorts(ctx context.Context, c *api.Client, engine string, targets []po
 	if err != nil {
 		return []error{err}
 	}
-	have := indexPorts(ports)
-	var missed []*daemon.Problem
-	var near []publishedPort
-	known := make(map[uint64]bool) // the IDs of near, and what is withdrawn
+	have, gone := indexPorts(ports), make(map[uint64]bool)
+	var missed []portTarget
+	var toHint []*daemon.Problem
 	for _, t := range targets {
 		id, ok := have.find(t)
-		if !ok {
-			p := &daemon.Problem{Err: fmt.Errorf("withdraw %v on %s: not published", t, engine)}
-			problems, missed = append(problems, p), append(missed, p)
-			for _, p := range have.near(t) {
-				if !known[p.id] {
-					near, known[p.id] = append(near, p), true
-				}
+		if ok && gone[id] {
+			continue // it was named twice
+		}
+		if ok {
+			_, err := askOne(ctx, func(ctx context.Context) (struct{}, error) { return struct{}{}, c.RemovePort(ctx, id) })
+			ae := (*api.Error)(nil)
+			late := errors.As(err, &ae) && ae.Status == http.StatusNotFound // somebody else was first
+			gone[id] = err == nil || late
+			if err != nil && !late {
+				problems = append(problems, err)
 			}
-			continue
+			if !late {
+				continue
+			}
 		}
-		known[id] = true
-		_, err := askOne(ctx, func(ctx context.Context) (struct{}, error) { return struct{}{}, c.RemovePort(ctx, id) })
-		if err != nil {
-			problems = append(problems, err)
-		}
+		p := &daemon.Problem{Err: fmt.Errorf("withdraw %v on %s: not published", t, engine)}
+		problems, toHint, missed = append(problems, p), append(toHint, p), append(missed, t)
 	}
-	hint := nearHint(near) + "slipway ports ls " + engine
-	for _, p := range missed {
+	hint := nearHint(have.nearAll(missed, gone)) + "slipway ports ls " + engine
+	for _, p := range toHint {
 		p.Hint = hint
 	}
 	return problems
@@ -434,6 +438,19 @@ func (x portIndex) near(t portTarget) []publishedPort {
 		return nil
 	}
 	return x.byPort[uint16(port)]
+}
+
+// nearAll is near for all of targets, each port once, without those that are gone.
+func (x portIndex) nearAll(targets []portTarget, gone map[uint64]bool) (all []publishedPort) {
+	named := make(map[uint64]bool)
+	for _, t := range targets {
+		for _, p := range x.near(t) {
+			if !gone[p.id] && !named[p.id] {
+				all, named[p.id] = append(all, p), true
+			}
+		}
+	}
+	return all
 }
 
 // leadsTo reports whether guest is where p leads, in the words of a SPEC. An address may be

@@ -46,7 +46,7 @@ import (
 const (
 	maxLeases    = 4096             // open at one time; dockerd has one for each port
 	patience     = 10 * time.Second // with a client that does not read its answer
-	settleLimit  = 4 * time.Second  // for leases that are over to end; less than docker-proxy waits
+	settleLimit  = 3 * time.Second  // for leases that are over to end; less than docker-proxy waits
 	refusedEvery = 10 * time.Second // a log line for refused peers
 )
 

@@ -30,7 +30,7 @@ import (
 // maxFile is far beyond any real file, in bytes; more is somebody's mistake.
 const maxFile = 1 << 20
 
-// maxKeys is far beyond any real file, too; a dotted key counts as its parts.
+// maxKeys is far beyond any real file, too; a dotted key, or name of a table, counts as its parts.
 const maxKeys = 4096
 
 // Problem is one thing wrong in a file.
@@ -171,7 +171,7 @@ func (r *reader) cut(b []byte) ([]byte, *Problem) {
 		e := r.parser.Expression()
 		if n += keysIn(e); n > maxKeys {
 			line, _ := r.place(int(position(e).Offset))
-			return b[:r.lines[line-1]], &Problem{r.file, line, 1, fmt.Sprintf("there are more than %d keys: from here on none is looked at", maxKeys)}
+			return b[:r.lines[line-1]], &Problem{r.file, line, 1, fmt.Sprintf("there are more than %d keys, and nothing from here on was read: each part of a dotted key, or of the name of a table, is one", maxKeys)}
 		}
 	}
 	return b, nil

@@ -38,7 +38,7 @@ func (d *doors) inside(a netip.Addr) error {
 	ours := a == e.Gateway4 || a == e.Gateway6 || a == e.Host4 || a == e.Host6
 	if p := d.Where(a); ours || a.IsLinkLocalUnicast() || p == forward.Outside || p == forward.Unrouted {
 		proc := filepath.Join("/proc", strconv.Itoa(d.engine.agent.PID()), "net")
-		return &notInside{a, insideHint(guestNetworks(proc), e.Guest4)}
+		return &notInside{a, insideHint(guestNetworks(proc), e.Guest4, e.Guest6)}
 	}
 	return nil
 }
@@ -47,9 +47,16 @@ func (d *doors) inside(a netip.Addr) error {
 const maxNamed = 4
 
 // insideHint says which addresses a guest with these networks has.
-func insideHint(networks []netip.Prefix, own netip.Addr) string {
+func insideHint(networks []netip.Prefix, own ...netip.Addr) string {
+	var ours []string
+	for _, a := range own {
+		if a.IsValid() {
+			ours = append(ours, a.String())
+		}
+	}
+	there := "there are the engine's own " + strings.Join(ours, " and ")
 	if len(networks) == 0 {
-		return fmt.Sprintf("there are the engine's own address, %v, and its loopback; it has no networks", own)
+		return there + ", and its loopback"
 	}
 	var words []string
 	for _, p := range networks[:min(maxNamed, len(networks))] {
@@ -58,7 +65,7 @@ func insideHint(networks []netip.Prefix, own netip.Addr) string {
 	if more := len(networks) - maxNamed; more > 0 {
 		words = append(words, fmt.Sprintf("%d more", more))
 	}
-	return fmt.Sprintf("there are the engine's own address, %v, its loopback, and its networks %s", own, strings.Join(words, ", "))
+	return fmt.Sprintf("%s, its loopback, and its networks %s", there, strings.Join(words, ", "))
 }
 
 // maxRoutes bounds what is read of a guest's routes, in bytes: some 500 of IPv4.

@@ -53,16 +53,16 @@ func TestGuestNetworks(t *testing.T) {
 }
 
 func TestInsideHint(t *testing.T) {
-	own := netip.MustParseAddr("192.168.65.3")
+	own4, own6 := netip.MustParseAddr("192.168.65.3"), netip.MustParseAddr("fdc4::3")
 	var networks []netip.Prefix
 	for i, want := range []string{
-		"there are the engine's own address, 192.168.65.3, and its loopback; it has no networks",
-		"there are the engine's own address, 192.168.65.3, its loopback, and its networks 172.17.0.0/16",
+		"there are the engine's own 192.168.65.3 and fdc4::3, and its loopback",
+		"there are the engine's own 192.168.65.3 and fdc4::3, its loopback, and its networks 172.17.0.0/16",
 		"", "",
-		"there are the engine's own address, 192.168.65.3, its loopback, and its networks 172.17.0.0/16, 172.18.0.0/16, 172.19.0.0/16, 172.20.0.0/16",
-		"there are the engine's own address, 192.168.65.3, its loopback, and its networks 172.17.0.0/16, 172.18.0.0/16, 172.19.0.0/16, 172.20.0.0/16, 1 more",
+		"there are the engine's own 192.168.65.3 and fdc4::3, its loopback, and its networks 172.17.0.0/16, 172.18.0.0/16, 172.19.0.0/16, 172.20.0.0/16",
+		"there are the engine's own 192.168.65.3 and fdc4::3, its loopback, and its networks 172.17.0.0/16, 172.18.0.0/16, 172.19.0.0/16, 172.20.0.0/16, 1 more",
 	} {
-		if got := insideHint(networks, own); want != "" && got != want {
+		if got := insideHint(networks, own4, own6); want != "" && got != want {
 			t.Errorf("with %d: %s", i, got)
 		}
 		networks = append(networks, netip.PrefixFrom(netip.AddrFrom4([4]byte{172, byte(17 + i)}), 16))

@@ -119,6 +119,9 @@ func parsePorts(s string) (p PortSpecs, err error) {
 		if p.guestIP, err = parseAddr(words[1]); err != nil {
 			return p, err
 		}
+		if p.guestIP.IsValid() && p.guestIP.IsUnspecified() {
+			return p, fmt.Errorf("%v is no address of a guest: leave it out for the engine's own", p.guestIP)
+		}
 		words = []string{words[0], words[2]}
 	}
 	if len(words) != 2 {

@@ -55,6 +55,8 @@ func TestParsePorts(t *testing.T) {
 		{"80-81:80", `80-81 and 80 are of different length`},
 		{"80:80-81", `80 and 80-81 are of different length`},
 		{"1-2-3:1-2-3", `"2-3" is not a port in 0..65535`},
+		{"8080:0.0.0.0:80", "0.0.0.0 is no address of a guest: leave it out for the engine's own"},
+		{"8080:[::]:80", ":: is no address of a guest: leave it out for the engine's own"},
 		{"127.0.0:80:80", `"127.0.0" is not an IP address, IPv6 in brackets`},
 		{"[127.0.0.1]:80:80", `"[127.0.0.1]" is not an IP address, IPv6 in brackets`},
 		{"[fe80::1%eth0]:80:80", `"[fe80::1%eth0]" is not an IP address, IPv6 in brackets`},
